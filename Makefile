@@ -1,0 +1,28 @@
+# `make train` and `make test` need a bare Python >= 3.11 and nothing else: each sets up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint bench clean
+
+train: .venv/ready  ## the embedded three-phase run on a CPU, about ten minutes
+	$(BIN)/python train.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+bench: .venv/ready
+	$(BIN)/python -m bench
+
+# torch goes in first, by itself: resolved together with the rest, a newer build of several gigabytes could be
+# taken instead.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs
