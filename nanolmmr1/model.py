@@ -1,0 +1,301 @@
+"""Qwen2.5-VL on packed tokens: vision tower, merger and language model, nothing else.
+
+There is no batch axis. Prompts, responses and images lie one after another on a token axis (T) or
+a patch axis (P), and who attends to whom is the caller's choice: the language model is handed
+`attend(layer, q, k, v)`, which is packed attention in training and a KV cache in sampling. So one
+forward pass serves both, and their log-probs agree.
+
+Modules are named as the tensors of the published folders (`model.layers.0.self_attn.q_proj.weight`,
+`visual.blocks.0.attn.qkv.weight`), so loading is a plain name match.
+
+Letters: T packed tokens, P image patches, H hidden size, D head dim.
+Source: Qwen2.5-VL technical report (arXiv 2502.13923), sections 2.1 and 2.2.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nanolmmr1.kernels.attention import Spans, attention
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int = 3
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple = (7, 15, 23, 31)
+
+    @property
+    def patch_dim(self):
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    vision: VisionConfig
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple = (16, 24, 24)
+    tie_word_embeddings: bool = True
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float() if x.dtype.itemsize < 4 else x
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden, intermediate, bias):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias)
+        self.up_proj = nn.Linear(hidden, intermediate, bias)
+        self.down_proj = nn.Linear(intermediate, hidden, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: x (T, heads, D); cos, sin (T, D / 2), the two halves of D turned together."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def mrope(positions, cfg, dtype=torch.float32):
+    """cos, sin (T, D / 2) of 3-D positions (3, T): columns go to time, height, width by section."""
+    half = cfg.head_dim // 2
+    inv_freq = 1 / cfg.rope_theta ** (torch.arange(half, device=positions.device, dtype=dtype) / half)
+    axis = torch.repeat_interleave(torch.tensor(cfg.mrope_section, device=positions.device))  # (D / 2,): 0 t, 1 h, 2 w
+    angle = positions[axis].T.to(dtype) * inv_freq  # (T, D / 2)
+    return angle.cos(), angle.sin()
+
+
+class LanguageAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.dim = cfg.head_dim
+        width, kv_width = cfg.num_attention_heads * self.dim, cfg.num_key_value_heads * self.dim
+        self.q_proj = nn.Linear(cfg.hidden_size, width, bias=True)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_width, bias=True)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_width, bias=True)
+        self.o_proj = nn.Linear(width, cfg.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (T, heads, D)
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1))
+
+
+class LanguageBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = LanguageAttention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.num_heads = cfg.num_heads
+        self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
+        self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x, cos, sin, spans):
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # (P, heads, D)
+        return self.proj(attention(rotate(q, cos, sin), rotate(k, cos, sin), v, spans).flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.hidden_size, 1e-6)
+        self.attn = VisionAttention(cfg)
+        self.norm2 = RMSNorm(cfg.hidden_size, 1e-6)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
+
+    def forward(self, x, cos, sin, spans):
+        x = x + self.attn(self.norm1(x), cos, sin, spans)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, that is, one matrix applied to each flat patch."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        kernel = (cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
+        self.proj = nn.Conv3d(cfg.in_channels, cfg.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches):
+        return F.linear(patches, self.proj.weight.flatten(1))  # (P, hidden)
+
+
+class Merger(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.width = cfg.hidden_size * cfg.spatial_merge_size**2
+        self.ln_q = RMSNorm(cfg.hidden_size, 1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, cfg.out_hidden_size)
+        )
+
+    def forward(self, x):
+        return self.mlp(self.ln_q(x).view(-1, self.width))  # (P / 4, H)
+
+
+@lru_cache(maxsize=4096)
+def _layout(t, h, w, window, merge):
+    """One image: order of its merged units by window, window sizes in units, and (h, w) of each patch.
+
+    Patches arrive merge block by merge block, so a unit is `merge * merge` neighbours on the axis.
+    """
+    units = torch.arange(t * (h // merge) * (w // merge)).view(t, h // merge, w // merge)
+    pieces = [
+        units[frame, top : top + window, left : left + window].flatten()
+        for frame in range(t)
+        for top in range(0, h // merge, window)
+        for left in range(0, w // merge, window)
+    ]
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    at = torch.stack([rows, columns], -1)  # (h, w, 2)
+    at = at.view(h // merge, merge, w // merge, merge, 2).transpose(1, 2).reshape(1, h * w, 2).expand(t, -1, -1)
+    return torch.cat(pieces), [len(p) for p in pieces], at.reshape(-1, 2)
+
+
+class VisionTower(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth))
+        self.merger = Merger(cfg)
+        self.checkpoint_activations = False
+
+    def forward(self, patches, grid):
+        """Image embeddings (P / 4, H) of patches (P, patch_dim); grid: (num_images, 3) t, h, w in patches."""
+        cfg, unit = self.cfg, self.cfg.spatial_merge_size**2
+        window = cfg.window_size // cfg.spatial_merge_size // cfg.patch_size
+        orders, places, windows, frames, start = [], [], [], [], 0
+        for t, h, w in grid.tolist():
+            order, sizes, at = _layout(t, h, w, window, cfg.spatial_merge_size)
+            orders.append(order + start)
+            places.append(at)
+            windows += [size * unit for size in sizes]
+            frames += [h * w] * t
+            start += len(order)
+        order = torch.cat(orders).to(patches.device)  # (P / 4,)
+        places = torch.cat(places).to(patches.device).view(-1, unit, 2)[order].flatten(0, 1)  # (P, 2)
+
+        x = self.patch_embed(patches).view(len(order), unit, -1)[order].flatten(0, 1)  # (P, hidden)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        quarter = cfg.hidden_size // cfg.num_heads // 4
+        inv_freq = 1 / 10000.0 ** (torch.arange(quarter, device=x.device, dtype=kind) / quarter)
+        angle = (places[:, :, None] * inv_freq).flatten(1)  # (P, D / 2): rows turn the first half, columns the second
+        cos, sin = angle.cos(), angle.sin()
+        full, local = _even_spans(frames), _even_spans(windows)
+        for index, block in enumerate(self.blocks):
+            spans = full if index in cfg.fullatt_block_indexes else local
+            x = maybe_checkpoint(self, block, x, cos, sin, spans)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return self.merger(x)[back]
+
+
+def _even_spans(lengths):
+    """Non-causal spans that follow one another."""
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = ends - torch.tensor(lengths)
+    zero = torch.zeros_like(ends)
+    return Spans(torch.stack([starts, ends, starts, ends, zero, zero, zero], 1), int(ends[-1]))
+
+
+def maybe_checkpoint(owner, block, *args):
+    if owner.checkpoint_activations and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+class Qwen25VL(nn.Module):
+    """The whole model. `head` is the LM head's weight; logits are the kernels' business."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.visual = VisionTower(cfg.vision)
+        self.model = LanguageModel(cfg)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.checkpoint_activations = False
+
+    @property
+    def head(self):
+        """(V, H)"""
+        return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, ids, positions, attend, images=None, image_slots=None):
+        """Last hidden states, normed.
+
+        Args:
+            ids: (T,) int64.
+            positions: (3, T) int64, time / height / width.
+            attend: (layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, D)) -> (T, Hq, D).
+            images: (K, H) from `self.visual`, or None.
+            image_slots: (K,) int64, the tokens that the images' embeddings replace.
+
+        Returns:
+            (T, H)
+        """
+        x = self.model.embed_tokens(ids)  # (T, H)
+        if images is not None:
+            x = x.index_copy(0, image_slots, images.to(x.dtype))
+        cos, sin = mrope(positions, self.cfg, torch.promote_types(x.dtype, torch.float32))
+        for layer, block in enumerate(self.model.layers):
+            x = maybe_checkpoint(self, block, x, cos, sin, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+        return self.model.norm(x)
