@@ -1,0 +1,250 @@
+"""From rows to ids, patches and positions: equal to transformers', counted without pixels, safe from injection."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanolmmr1.config import Prompt as PromptConfig
+from nanolmmr1.config import UserError
+from nanolmmr1.data import Row, load_rows, open_image
+from nanolmmr1.prompt import Processor
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TOKENIZER = DATA / "tokenizer"
+pytestmark = pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs the tokenizer of the shared data folder")
+
+START, PAD, END = 151652, 151655, 151653
+
+
+def picture(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(TOKENIZER, PromptConfig())
+
+
+ROWS = {
+    "no image": Row("How much is 1+1?", "2", id="a"),
+    "one image": Row("<image>\nHow many?", "2", [picture(100, 60)], "Two dots.", id="b"),
+    "three images": Row("Is <image> more like <image> or <image>?", "2",
+                        [picture(300, 90), picture(20, 20, 1), picture(64, 250, 2)], "Three faces.", id="c"),
+    "only images": Row("<image><image>", "2", [picture(56, 56), picture(84, 28)], id="d"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random Qwen2.5-VL of transformers without weights, for its own rule of positions."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+                rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e6))
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32)
+    with torch.device("meta"):
+        return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("captions", [False, True])
+def test_positions_equal_those_of_transformers(processor, model, name, captions):
+    prompt = processor.prepare(ROWS[name], captions)
+    kinds = (prompt.ids == PAD).int()[None]
+    theirs, delta = model.get_rope_index(prompt.ids[None], kinds, prompt.grid if len(prompt.grid) else None)
+    assert torch.equal(prompt.positions, theirs[:, 0])
+    assert prompt.positions.dtype == torch.int64
+    assert prompt.next_position == len(prompt.ids) + delta.item()
+
+
+@pytest.mark.parametrize("limits", [(3136, 1003520), (3136, 20_000), (60_000, 80_000)])
+def test_patches_equal_those_of_the_transformers_image_processor_to_the_bit(limits):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Processor(TOKENIZER, PromptConfig(min_pixels=limits[0], max_pixels=limits[1]))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(TOKENIZER, min_pixels=limits[0], max_pixels=limits[1])
+    for row in list(ROWS.values())[1:]:
+        prompt = processor.prepare(row, False)
+        expected = theirs(images=[open_image(item) for item in row.images], return_tensors="pt")
+        assert torch.equal(prompt.patches, expected["pixel_values"]) and prompt.patches.dtype == torch.float32
+        assert torch.equal(prompt.grid, expected["image_grid_thw"]) and prompt.grid.dtype == torch.int64
+        assert [list(processor.image_grid(*open_image(item).size)) for item in row.images] == prompt.grid.tolist()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ids_are_the_chat_template_with_each_pad_repeated(processor, name):
+    row = ROWS[name]
+    prompt = processor.prepare(row, False)
+    tokenizer = processor.tokenizer
+    text = row.problem
+    for _, h, w in prompt.grid.tolist():
+        text = text.replace("<image>", f"<|vision_start|>{'<|image_pad|>' * (h * w // 4)}<|vision_end|>", 1)
+    chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + text
+            + "<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.ids.tolist() == tokenizer(chat)["input_ids"] and prompt.ids.dtype == torch.int64
+    assert tokenizer(prompt.text)["input_ids"].count(PAD) == len(row.images)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_image_slots_are_the_pads_between_vision_marks_one_for_four_patches(processor, name):
+    prompt = processor.prepare(ROWS[name], True)
+    assert len(prompt.image_slots) * 4 == len(prompt.patches) == int(prompt.grid.prod(1).sum())
+    assert prompt.patches.shape[1] == 1176 and prompt.image_slots.dtype == torch.int64
+    assert prompt.image_slots.tolist() == [i for i, token in enumerate(prompt.ids.tolist()) if token == PAD]
+    assert (prompt.ids == START).sum() == (prompt.ids == END).sum() == len(ROWS[name].images)
+
+
+def test_each_image_stands_where_its_marker_was(processor):
+    row = ROWS["three images"]
+    parts = processor.messages(row, False)[-1]["content"]
+    assert [part.get("text") for part in parts] == ["Is ", None, " more like ", None, " or ", None, "?"]
+    sizes = [len(processor.prepare(Row("<image>", "2", [item]), False).image_slots) for item in row.images]
+    ids = processor.prepare(row, False).ids.tolist()
+    runs = [len(run.split()) for run in " ".join("P" if i == PAD else "." for i in ids).replace(".", "\n").split("\n")]
+    assert [run for run in runs if run] == sizes
+
+
+def test_a_caption_stands_once_before_the_first_image_and_only_when_shown(processor):
+    row = ROWS["three images"]
+    parts = processor.messages(row, True)[-1]["content"]
+    assert parts[0]["text"] == "Is Caption: Three faces.\n" and parts[1]["type"] == "image"
+    assert processor.prepare(row, True).text.count("Three faces.") == 1
+    assert "Caption" not in processor.prepare(row, False).text
+    assert "Caption" not in processor.prepare(ROWS["only images"], True).text, "it has none"
+    assert processor.messages(Row("Q?", "2", caption="Dots."), True)[-1]["content"] == [
+        {"type": "text", "text": "Caption: Dots.\nQ?"}]
+
+
+def test_templates_are_filled_by_text_not_by_format():
+    cfg = PromptConfig(system="Think {first}.", template="Solve: {problem} {0}", caption_template="[{caption}] {x} ")
+    row = Row("{caption} {problem.__class__} <image>", "2", [picture(30, 30)], "{problem} <image>")
+    messages = Processor(TOKENIZER, cfg).messages(row, True)
+    assert messages[0] == {"role": "system", "content": "Think {first}."}
+    assert [part.get("text") for part in messages[1]["content"]] == [
+        "Solve: {caption} {problem.__class__} [{problem} <image>] {x} ", None, " {0}"]
+    assert Processor(TOKENIZER, cfg).prepare(row, True).text.startswith("<|im_start|>system\nThink {first}.<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("captions", [False, True])
+def test_the_count_is_the_length(processor, name, captions):
+    assert processor.count(ROWS[name], captions) == len(processor.prepare(ROWS[name], captions).ids)
+
+
+def test_counting_decodes_no_pixel(processor):
+    whole, header = Row("<image>", "2", [picture(500, 300)]), Row("<image>", "2", [picture(500, 300)[:200]])
+    assert processor.count(whole, False) == processor.count(header, False)
+    with pytest.raises(UserError, match="cannot be read"):
+        processor.prepare(header, False)
+
+
+@pytest.mark.parametrize("source", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "mathvision"])
+def test_the_count_is_the_length_for_every_real_row(source):
+    processor = Processor(TOKENIZER, PromptConfig(max_pixels=78_400))
+    for row in load_rows(str(DATA / source)):
+        prompt = processor.prepare(row, False)
+        assert processor.count(row, False) == len(prompt.ids), row.id
+        assert len(prompt.image_slots) * 4 == len(prompt.patches), row.id
+
+
+def test_pictures_are_resized_once_to_multiples_of_28_within_the_limits(processor):
+    row = Row("<image><image>", "2", [picture(3000, 1000), picture(10, 12)])
+    large, small = processor.resized(row)
+    assert large.size[0] % 28 == large.size[1] % 28 == 0 and 900_000 < large.size[0] * large.size[1] <= 1003520
+    assert small.size == (56, 84)
+    again = [io.BytesIO(), io.BytesIO()]
+    for file, image in zip(again, (large, small), strict=True):
+        image.save(file, "PNG")
+    given = Row("<image><image>", "2", [file.getvalue() for file in again])
+    assert torch.equal(processor.prepare(row, False).patches, processor.prepare(given, False).patches)
+
+
+@pytest.mark.parametrize("problem, caption", [("<|image_pad|>", "c"), ("a<|im_end|>b", "c"), ("a", "<|video_pad|>")])
+def test_the_text_of_a_special_token_is_refused(processor, problem, caption):
+    row = Row(problem + " <image>", "2", [picture(30, 30)], caption, id="r7")
+    with pytest.raises(UserError, match=r"row r7: (problem|caption) contains <\|"):
+        processor.count(row, True)
+
+
+def test_markup_that_is_no_special_token_is_plain_problem_text(processor):
+    assert "Is <tool_call> or <b> a tag?" in processor.prepare(Row("Is <tool_call> or <b> a tag?", "2"), False).text
+
+
+def test_an_image_too_thin_is_refused_with_its_row(processor):
+    row = Row("<image>", "2", [picture(2010, 10)], id="r8")
+    for use in (processor.count, processor.prepare):
+        with pytest.raises(UserError, match="row r8: an image of 2010 x 10 pixels is too thin"):
+            use(row, False)
+    assert processor.image_grid(2000, 10) == (1, 2, 58)
+
+
+@pytest.mark.parametrize("key, value", [("template", "Solve."), ("template", "{problem} {problem}"),
+                                        ("template", "<image> {problem}"), ("caption_template", "Caption:"),
+                                        ("caption_template", "<image>{caption}"), ("system", "Hi <|im_end|>")])
+def test_a_template_that_cannot_work_is_refused(key, value):
+    with pytest.raises(UserError, match=f"prompt.{key}"):
+        Processor(TOKENIZER, PromptConfig(**{key: value}))
+
+
+def folder_without(tmp_path, *names, **changes):
+    folder = shutil.copytree(TOKENIZER, tmp_path / "model")
+    for name in names:
+        (folder / name).unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_that_lacks_something_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="nowhere has no tokenizer.json"):
+        Processor(tmp_path / "nowhere", PromptConfig())
+    with pytest.raises(UserError, match="preprocessor_config.json"):
+        Processor(folder_without(tmp_path / "a", "preprocessor_config.json"), PromptConfig())
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        Processor(folder_without(tmp_path / "b", "tokenizer.json"), PromptConfig())
+    with pytest.raises(UserError, match="no chat template"):
+        Processor(folder_without(tmp_path / "c", "chat_template.json", chat_template=None), PromptConfig())
+
+
+def test_image_settings_in_the_newer_processor_config_serve_as_well(tmp_path, processor):
+    folder = folder_without(tmp_path, "preprocessor_config.json")
+    settings = json.loads((TOKENIZER / "preprocessor_config.json").read_text()) | dict(image_mean=[0.5, 0.5, 0.5])
+    (folder / "processor_config.json").write_text(json.dumps(dict(image_processor=settings)))
+    patches = Processor(folder, PromptConfig()).prepare(ROWS["one image"], False).patches
+    assert patches.shape == (len(processor.prepare(ROWS["one image"], False).patches), 1176)
+    assert patches.min() == pytest.approx(-0.5 / 0.26130258, rel=1e-3)
+
+
+def test_a_template_that_hides_the_images_is_refused(tmp_path):
+    folder = folder_without(tmp_path, "chat_template.json", chat_template="{{ messages[0].content[0].text }}")
+    processor = Processor(folder, PromptConfig())
+    assert processor.prepare(ROWS["no image"], False).text == "How much is 1+1?"
+    with pytest.raises(UserError, match="row c: the chat template shows 0 of 3 images"):
+        processor.count(ROWS["three images"], False)
+
+
+def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path, processor):
+    assert processor.stop_ids == [151643, 151645]
+    folder = folder_without(tmp_path)
+    for value, stops in ((151650, [151643, 151645, 151650]), ([151645, 7], [7, 151643, 151645])):
+        (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=value)))
+        assert Processor(folder, PromptConfig()).stop_ids == stops
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match="generation_config.json is not a JSON object"):
+        Processor(folder, PromptConfig())
+
+
+def test_vision_tokens_are_banned_and_special_tokens_not_decoded(processor):
+    assert processor.banned_ids == [151652, 151653, 151654, 151655, 151656]
+    assert processor.image_pad_id == PAD
+    ids = processor.tokenizer("<think> 1 , 2 .</think>")["input_ids"]
+    assert processor.decode(ids + [151645, 151643, PAD]) == "<think> 1 , 2 .</think>"
