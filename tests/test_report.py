@@ -1,0 +1,239 @@
+"""The report tells what the run folder holds, tells it right, and lets nothing from data or model become markup."""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from PIL import Image
+
+from nanolmmr1.config import UserError
+from nanolmmr1.metrics import MetricsLog, SampleLog
+from nanolmmr1.report import duration, phase_bands, write_report
+from nanolmmr1.report_chart import chart, number, round_step, running_mean, y_ticks
+
+PHASES = {"text": 6, "with captions": 4, "images": 2}
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&<image> \ud83d"
+ACCURACY = {"start": {"words": 0.31, "digits": 0.2}, "text": {"words": 0.5}, "with captions": {"words": 0.6},
+            "images": {"words": 0.55, "digits": 0.125}}
+KEYS = ("reward/overall", "reward/accuracy", "reward/format", "response_length/mean", "actor/entropy", "actor/kl_loss",
+        "actor/grad_norm", "actor/lr", "perf/throughput")
+
+
+class Reader(HTMLParser):
+    """What a browser would see: (tag, attributes) in order, and the text of every element by tag."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.open = [], {}, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def count(self, tag, kind=None):
+        return sum(name == tag and kind in (None, attributes.get("class")) for name, attributes in self.tags)
+
+
+def a_run(folder, metrics=True, summary=True, samples=True, recipe=True):
+    """A run folder of three phases, with evil text wherever data or model can put some."""
+    step = 0
+    for phase, steps in PHASES.items():
+        for _ in range(steps):
+            step += 1
+            if metrics:
+                times = {"timing_s/gen": 3.0, "timing_s/learn": 1.0, "timing_s/step": 5.0}
+                MetricsLog(folder).write({"phase": phase, "step": step, **dict.fromkeys(KEYS, 0.1 * step), **times})
+            if samples and phase != "images":
+                responses = [{"text": f"{EVIL} response {step}.{k}", "reward": 1.5 * k, "advantage": k - 0.5,
+                              "parts": {"accuracy": float(k), EVIL: 1.0}} for k in range(2)]
+                SampleLog(folder).write({"phase": phase, "step": step, "problem": EVIL, "answer": EVIL, "caption": EVIL,
+                                         "images": [Image.new("RGB", (8, 8))], "responses": responses})
+    if summary:
+        facts = {"accuracy": ACCURACY, "wall_s": 3723.4, "peak_rss_mb": 2310.5}
+        (folder / "summary.json").write_text(json.dumps(facts))
+    if recipe:
+        phases = {phase: {"steps": steps} for phase, steps in PHASES.items()}
+        tree = {"name": "a <b>run</b>", "model": "m", "phases": phases}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = write_report(a_run(tmp_path_factory.mktemp("run")))
+    assert path.name == "report.html"
+    assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
+    return path.read_text(encoding="utf-8")
+
+
+def test_nothing_from_data_or_model_becomes_markup(page):
+    reader = Reader(page)
+    assert reader.count("script") == 1
+    assert reader.count("image") == 0 and "<b>run" not in page
+    assert not [key for _, attributes in reader.tags for key in attributes if key.startswith("on")]
+    evil = EVIL.replace("\ud83d", "?")
+    assert "".join(reader.texts["p"]).count(evil) >= 8  # problems and captions of two kept steps of two phases
+    assert f"{evil} response 1.0" in reader.texts["pre"]
+    assert "a <b>run</b>" in reader.texts["h1"]
+
+
+def test_the_only_script_that_may_run_is_the_reports_own(page):
+    policy = next(attributes["content"] for tag, attributes in Reader(page).tags
+                  if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy")
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    assert not re.search(r"https?://|url\(|@import", page)
+    tags = Reader(page).tags
+    links = [value for _, attributes in tags for key, value in attributes.items() if key in ("src", "href")]
+    assert links and all(link.startswith("data:image/png;base64,") for link in links)
+
+
+def test_each_curve_is_drawn_once_and_every_phase_is_named_on_every_chart(page):
+    reader = Reader(page)
+    assert reader.count("figure", "chart") == 8
+    assert reader.count("path", "curve") == len(KEYS) + 2  # and two held-out tasks
+    assert reader.count("path", "raw") == 0  # too short to be smoothed
+    for phase in PHASES:
+        assert reader.texts["title"].count(phase) == 8
+        assert phase in reader.texts["h3"] or phase == "images"  # of which no samples were kept
+
+
+def test_a_long_run_is_drawn_faint_with_its_mean_over_it_but_not_what_has_no_noise(tmp_path):
+    for step in range(1, 81):
+        MetricsLog(tmp_path).write({"phase": "text", "step": step, "reward/overall": step % 2, "actor/lr": 1e-6})
+    reader = Reader(write_report(tmp_path).read_text())
+    assert (reader.count("path", "curve"), reader.count("path", "raw")) == (2, 1)
+
+
+def test_the_accuracy_table_has_each_moment_and_the_change_in_points(page):
+    table = re.search(r'<table class="accuracy">.*?</table>', page, re.S)[0]
+    rows = [[html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr.*?</tr>", table)]
+    assert rows == [["% right", "words", "digits"], ["start", "31.0", "20.0"], ["after text", "50.0", "–"],
+                    ["after with captions", "60.0", "–"], ["after images", "55.0", "12.5"],
+                    ["change, points", "+24.0", "−7.5"]]
+
+
+def test_held_out_accuracy_stands_where_each_phase_ends(page):
+    reader = Reader(page)
+    points = [json.loads(attributes["data-points"]) for tag, attributes in reader.tags if tag == "output"]
+    shown = dict(zip(reader.texts["output"], points, strict=True))
+    assert shown["55"] == [[0, "31"], [6, "50"], [10, "60"], [12, "55"]]
+    assert shown["12.5"] == [[0, "20"], [12, "12.5"]]
+
+
+def test_stage_times_are_means_by_phase_and_untimed_seconds_stay_blank(page):
+    table = re.search(r'<table class="times">.*?</table>', page, re.S)[0]
+    assert re.findall(r"<tr><th>(.*?)</th>", table)[1:] == list(PHASES)
+    assert re.findall(r"<td>(.*?)</td>", table) == ["3", "1", "<b>5</b>"] * 3
+    assert re.findall(r"width:([\d.]+)%", table) == ["60.00", "20.00"] * 3
+
+
+def test_samples_are_those_of_the_first_and_the_last_kept_step_of_a_phase(page):
+    shown = sorted({int(step) for step in re.findall(r"response (\d+)\.", page)})
+    assert shown == [1, 6, 7, 10]
+    assert re.findall(r'<li class="(\w+)" style="--strength:([\d.]+)"', page)[:2] == [("down", "1.00"), ("up", "1.00")]
+    assert "−0.50" in page and "+0.50" in page and "reward 1.5" in page
+
+
+def test_the_facts_of_the_run_are_at_its_head(page):
+    facts = dict(zip(*(Reader(page).texts[tag] for tag in ("dt", "dd")), strict=True))
+    assert facts == {"model": "m", "steps": "12", "phases": "text → with captions → images", "wall time": "1 h 2 min",
+                     "peak memory": "2,310 MB"}
+
+
+@pytest.mark.parametrize("missing", ["metrics", "summary", "samples", "recipe"])
+def test_a_run_that_lacks_a_file_has_a_report_of_the_rest(tmp_path, missing):
+    page = write_report(a_run(tmp_path, **{missing: False})).read_text()
+    headings = {"metrics": {"Curves", "Time per step"}, "summary": {"Held-out accuracy"},
+                "samples": {"Sample rollouts"}, "recipe": {"Recipe"}}
+    everything = {heading for group in headings.values() for heading in group}
+    assert set(Reader(page).texts["h2"]) == everything - headings[missing]
+
+
+def test_an_empty_folder_has_a_report_with_its_name(tmp_path):
+    reader = Reader(write_report(tmp_path).read_text())
+    assert reader.texts["h1"] == [tmp_path.name] and "h2" not in reader.texts
+
+
+def test_a_run_that_was_killed_is_reported_up_to_there(tmp_path):
+    a_run(tmp_path, metrics=False, samples=False, summary=False)
+    MetricsLog(tmp_path).write({"phase": "text", "step": 1, "reward/overall": 0.0, "actor/grad_norm": float("nan")})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"phase": "text", "st')
+    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": {"start": {"words": 0.31}}}))
+    page = write_report(tmp_path).read_text()
+    assert "1 of 12" in page and "change, points" not in page
+    assert Reader(page).count("path", "curve") == 2  # reward and the task's start; no norm was finite
+
+
+def test_what_is_no_run_folder_is_refused_and_a_spoilt_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no run folder '.*gone'"):
+        write_report(tmp_path / "gone")
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("values", "ticks"), [
+    ([0.3, 0.93], [0, 0.5, 1]), ([130, 150], [130, 135, 140, 145, 150]), ([1e-6, 1e-6], [0, 5e-7, 1e-6]),
+    ([0.0, 0.0], [0, 0.5, 1]), ([999, 1000], [0, 500, 1000]), ([-0.2, 0.5], [-0.2, 0, 0.2, 0.4, 0.6]),
+    ([-3, -3], [-3, -2, -1, 0]),
+])
+def test_ticks_are_round_and_enclose_the_values(values, ticks):
+    assert y_ticks(values) == pytest.approx(ticks, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("span", "count", "step"), [(100, 5, 20), (100, 4, 50), (0.3, 3, 0.1), (7, 1, 10), (1, 1, 1)])
+def test_a_round_step_is_the_smallest_that_is_coarse_enough(span, count, step):
+    assert round_step(span, count) == pytest.approx(step)
+
+
+def test_the_mean_stays_within_its_phase():
+    points = [(1, 0.0), (2, 3.0), (3, 6.0), (4, 100.0), (5, 102.0)]
+    assert running_mean(points, [("a", 0, 3), ("b", 3, 5)], 1) == [(1, 1.5), (2, 3), (3, 4.5), (4, 101), (5, 101)]
+
+
+def test_a_phase_begins_where_the_one_before_it_ends():
+    metrics = [{"phase": "a", "step": 1}, {"phase": "a", "step": 2}, {"phase": "b", "step": 3}]
+    assert phase_bands(metrics) == [("a", 0, 2), ("b", 2, 3)]
+
+
+def test_a_curve_spans_its_plot_and_a_long_name_is_cut_to_its_band():
+    figure = chart("T", "u", {"c": [(0, 0.0), (10, 1.0)]}, [("a long name of a phase", 0, 1), ("b", 1, 10)])
+    assert 'd="M54.0 202.0L460.0 26.0"' in figure
+    assert ">a lon…</text>" in figure and "<title>a long name of a phase</title>" in figure
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (None, "–"), (0, "0"), (0.71234, "0.712"), (-0.5, "−0.5"), (12345.6, "12,346"), (-1500, "−1,500"), (1e-6, "1e−6"),
+    (0.000123, "1.23e−4"), (0.001, "0.001"),
+])
+def test_numbers_are_short(value, shown):
+    assert number(value) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [
+    (0, "0 s"), (59.6, "1 min 0 s"), (723, "12 min 3 s"), (18420, "5 h 7 min"),
+])
+def test_durations_are_short(seconds, shown):
+    assert duration(seconds) == shown
