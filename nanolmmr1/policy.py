@@ -1,0 +1,156 @@
+"""The model under training: hidden states of packs, `score` (no gradient), `learn` (gradient), `apply` (one update).
+
+Parameters are kept in fp32; on a GPU the computation runs in bfloat16 under autocast. Gradients of
+all micro-batches of an optimiser step add up before `apply`; since per-token weights already hold
+the step's one denominator, no cut into micro-batches changes the sum.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from nanolmmr1.config import UserError
+from nanolmmr1.kernels.attention import attention
+from nanolmmr1.kernels.linear_logprob import linear_logprob
+from nanolmmr1.kernels.linear_loss import linear_loss
+from nanolmmr1.objective import needs_whole_sequences, policy_loss, policy_stats
+
+PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
+
+
+class Policy:
+    """A Qwen25VL with its optimiser and, where KL asks for it, its reference.
+
+    Args:
+        model: Qwen25VL with fp32 parameters, on the device where it is to be trained.
+        cfg: the recipe; banned_ids: token ids that no response may hold.
+        dtype: of the computation.
+    """
+
+    def __init__(self, model, cfg, banned_ids=(), dtype=torch.float32):
+        self.model, self.cfg, self.banned_ids, self.dtype = model, cfg, tuple(banned_ids), dtype
+        self.device = model.head.device
+        self.reference = None
+        model.checkpoint_activations = model.visual.checkpoint_activations = cfg.pack.checkpoint_activations
+
+    def start_phase(self, phase):
+        """Set which parts learn, and begin a fresh AdamW over them.
+
+        Raises:
+            UserError: a name in `freeze` that fits no tensor, or nothing left to train.
+        """
+        self.model.requires_grad_(True)
+        named = dict(self.model.named_parameters())
+        for part in phase.freeze:
+            prefix = PARTS.get(part, part)
+            frozen = [p for name, p in named.items() if name.startswith(prefix)]
+            if not frozen:
+                raise UserError(
+                    f"freeze names {part!r}, which fits no tensor: use {', '.join(PARTS)} or the start of a tensor name"
+                )
+            for p in frozen:
+                p.requires_grad_(False)
+        self.trained = {name: p for name, p in named.items() if p.requires_grad}
+        if not self.trained:
+            raise UserError(f"freeze={phase.freeze} leaves nothing to train")
+        matrices = [p for p in self.trained.values() if p.ndim > 1]
+        vectors = [p for p in self.trained.values() if p.ndim <= 1]
+        optim = self.cfg.optim
+        # Norms and biases are not decayed.
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=phase.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True
+        )
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def hidden(self, pack, model):
+        """Hidden states (N, H) of the positions that predict the pack's scored tokens."""
+        images = None
+        if len(pack.grid):
+            # A frozen tower's activations need not be kept.
+            with (
+                contextlib.nullcontext() if any(p.requires_grad for p in model.visual.parameters()) else torch.no_grad()
+            ):
+                images = model.visual(pack.patches, pack.grid)
+        hidden = model(
+            pack.ids, pack.positions, lambda layer, q, k, v: attention(q, k, v, pack.spans), images, pack.image_slots
+        )
+        return hidden.index_select(0, pack.rows)
+
+    def score(self, pack, temperature, model=None):
+        """Log-probs and entropies (N,) of the pack's scored tokens, under `model` (default: the policy)."""
+        pack, model = pack.to(self.device), model or self.model
+        with torch.no_grad(), self.autocast():
+            hidden = self.hidden(pack, model).to(self.dtype)
+            return linear_logprob(
+                hidden,
+                model.head.to(self.dtype),
+                pack.target,
+                temperature=temperature,
+                banned=self.banned_ids,
+                chunk_tokens=self.cfg.pack.head_chunk_tokens,
+            )
+
+    def learn(self, pack, tokens, objective, temperature):
+        """Add the pack's gradient; returns the sums of `policy_stats`, with `loss`.
+
+        Args:
+            pack: Pack; tokens: objective.Tokens of its N scored tokens.
+        """
+        pack = pack.to(self.device)
+        with self.autocast():
+            hidden = self.hidden(pack, self.model).to(self.dtype)
+            loss, logp, entropy = linear_loss(
+                hidden,
+                self.model.head.to(self.dtype),
+                pack.target,
+                lambda logp, entropy, rows: policy_loss(logp, entropy, tokens[rows], objective),
+                temperature=temperature,
+                banned=self.banned_ids,
+                chunk_tokens=self.cfg.pack.head_chunk_tokens,
+                two_pass=needs_whole_sequences(objective),
+            )
+        loss.backward()
+        return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach()}
+
+    def apply(self, lr, loss):
+        """Clip and update; returns the gradient's norm before clipping, and whether the update was made.
+
+        A non-finite loss or gradient changes nothing but clears the gradient.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.optim.max_grad_norm)
+        finite = math.isfinite(loss) and bool(norm.isfinite())
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm), finite
+
+    def optimizer_tensors(self):
+        """Name -> tensor of the optimiser's state, for a checkpoint."""
+        return {
+            f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
+        }
+
+    def load_optimizer_tensors(self, tensors):
+        for name, value in tensors.items():
+            name, _, key = name.rpartition("/")
+            p = self.trained[name]
+            # AdamW's fused update wants its step counts beside the parameters.
+            self.optimizer.state[p][key] = value.to(p.device)
+
+
+def learning_rate(phase, optim, step):
+    """The rate of step 0 ... steps - 1 of a phase: linear warm-up, then constant or a cosine down to min_lr_ratio."""
+    if step < optim.warmup_steps:
+        return phase.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return phase.lr
+    done = (step - optim.warmup_steps) / max(1, phase.steps - optim.warmup_steps)
+    return phase.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
