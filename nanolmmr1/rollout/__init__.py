@@ -1,0 +1,52 @@
+"""What every sampler takes and gives: prompts in, groups out.
+
+A sampler has four verbs: `generate(prompts, params, seeds) -> groups`, `update(weights)`, `sleep()`, `wake()`.
+A group is a prompt with its G responses. It stays one object from here to the gradient, so the
+prompt and its pictures need go through the model only once.
+
+Next: local.py, our own engine.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nanolmmr1.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn. `temperature` 0 is greedy; top_p 1 and top_k 0 are off."""
+
+    num_responses: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple = ()
+    banned_ids: tuple = ()  # never drawn; they leave the distribution
+
+
+@dataclass
+class Response:
+    ids: torch.Tensor  # (R,) int64, the stop token included
+    logp: torch.Tensor  # (R,) fp32, under the distribution sampled from
+    finish: str  # "stop" or "length"
+
+
+@dataclass
+class Group:
+    prompt: Prompt
+    responses: list[Response]
+    texts: list[str] = field(default_factory=list)
+    judgements: list[dict] = field(default_factory=list)  # as the judge gave them, one a response
+
+    @property
+    def rewards(self):
+        return [judgement["overall"] for judgement in self.judgements]
+
+
+def response_uniforms(seed, index, count):
+    """The `count` uniforms in [0, 1) that decide response `index` of the prompt with this seed."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, index]))).random(count)
