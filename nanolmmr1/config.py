@@ -11,6 +11,7 @@ Next: train.py, which walks the phases.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -50,8 +51,7 @@ class Objective:
     kl_place: str = opt("loss", "loss | reward (k1 only)")
     kl_ratio: bool = opt(False, "multiply the KL term in the loss by the importance ratio")
     entropy_coef: float = opt(0.0, "entropy bonus")
-    tis_cap: float | None = opt(None, "truncated importance sampling against the sampler: weights capped here; 0: off; "
-                                      "none: 2.0 when the sampler is another engine")
+    tis_cap: float | None = opt(None, "importance weights against another engine's sampler are capped here; 0: off")
 
 
 ALGORITHMS = {
@@ -63,17 +63,17 @@ ALGORITHMS = {
     "gspo": dict(loss_type="gspo", clip_ratio_low=3e-4, clip_ratio_high=4e-4),
     "cispo": dict(loss_type="cispo", loss_avg_mode="token", clip_ratio_low=1.0, clip_ratio_high=0.28),
 }
-_GRPO = dict(adv_estimator="grpo", loss_type="ppo", loss_avg_mode="sequence", clip_ratio_low=0.2,
-             clip_ratio_high=0.2, clip_ratio_dual=0.0, overlong_buffer=0)
+GRPO = dict(adv_estimator="grpo", loss_type="ppo", loss_avg_mode="sequence", clip_ratio_low=0.2,
+            clip_ratio_high=0.2, clip_ratio_dual=0.0, overlong_buffer=0)
 
 
 @dataclass
 class Phase:
     """One stretch of training: its rows, its length, its objective."""
 
-    data: str | list = opt("", "file, folder, hub id, `path@split`, or a list of them")
+    data: str | list[str] = opt("", "file, folder, hub id, `path@split`, or a list of them")
     captions: bool = opt(False, "put each row's caption before its images")
-    steps: int = opt(100, "optimiser phases: rollout batches to train on")
+    steps: int = opt(100, "rollout batches to train on")
     prompts_per_step: int = opt(64, "prompts per step")
     group_size: int = opt(8, "responses per prompt (G)")
     max_prompt_tokens: int = opt(2048, "longer prompts are dropped and counted, image tokens included")
@@ -84,7 +84,7 @@ class Phase:
     top_k: int = opt(0, "0: off; above 0 makes importance ratios biased")
     updates_per_rollout: int = opt(1, "optimiser steps on one rollout batch")
     reference: str = opt("phase", "KL reference: phase (weights at the phase's start) | start (at the run's start)")
-    freeze: list = opt([], "parts that are not trained: vision | merger | language | embedding | a tensor name prefix")
+    freeze: list[str] = opt([], "what is not trained: vision | merger | language | embedding | a tensor name prefix")
     dynamic_sampling: bool = opt(False, "refill groups whose rewards are all equal (DAPO)")
     max_refills: int = opt(3, "rounds of refilling; then the step trains on what it has")
     objective: Objective = field(default_factory=Objective)
@@ -102,7 +102,7 @@ class Prompt:
 
 @dataclass
 class Reward:
-    format: str = opt("think_answer", "think_answer | think_boxed | boxed | a regular expression for all of the response")
+    format: str = opt("think_answer", "think_answer | think_boxed | boxed | a regular expression for all responses")
     format_weight: float = opt(0.5, "weight of the format reward (0 or 1)")
     accuracy_weight: float = opt(1.0, "weight of the accuracy reward (0 or 1)")
     functions: dict = opt({}, "user rewards: path/to/file.py:function -> weight")
@@ -118,7 +118,7 @@ class Rollout:
 
 @dataclass
 class Optim:
-    betas: list = opt([0.9, 0.95], "AdamW")
+    betas: list[float] = opt([0.9, 0.95], "AdamW")
     eps: float = opt(1e-8, "AdamW")
     weight_decay: float = opt(0.0, "AdamW; on matrices only")
     max_grad_norm: float = opt(1.0, "gradients are clipped to this global norm")
@@ -145,8 +145,8 @@ class Checkpoint:
 class Evaluate:
     tasks: dict = opt({}, "name -> {data: ..., captions: false}; held-out rows, greedy answers")
     limit: int = opt(0, "rows per task; 0: all")
-    max_response_tokens: int = opt(0, "0: the longest phase's")
-    max_prompt_tokens: int = opt(0, "0: the longest phase's")
+    max_response_tokens: int | None = opt(None, "none: the longest phase's")
+    max_prompt_tokens: int | None = opt(None, "none: the longest phase's")
 
 
 @dataclass
@@ -179,18 +179,14 @@ CHOICES = {
 }
 POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",
             "updates_per_rollout", "min_pixels", "max_pixels", "workers", "timeout_s", "max_sequences", "eps",
-            "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps"}
-NOT_NEGATIVE = {"lr", "top_k", "max_refills", "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "overlong_buffer",
-                "overlong_penalty", "kl_coef", "tis_cap", "format_weight", "accuracy_weight", "weight_decay",
-                "warmup_steps", "min_lr_ratio", "every_steps", "limit", "seed", "head_chunk_tokens"}
+            "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps"}  # no number may be negative
 
 
 def load(recipe="desk", overrides=()):
     """Read a recipe by name or path, apply `key=value` overrides, check and resolve it.
 
     Raises:
-        UserError: unreadable file, unknown key (the nearest known one is named), wrong type or
-            value, or an impossible combination.
+        UserError: unreadable file, unknown key (the nearest is named), wrong type or value, impossible combination.
     """
     path = RECIPES / f"{recipe}.yaml" if not recipe.endswith((".yaml", ".yml")) else Path(recipe)
     if not path.is_file():
@@ -218,38 +214,37 @@ def resolve(cfg):
     """Fill what is derived, and refuse what cannot work."""
     if not cfg.model:
         raise UserError("model is empty: give a Qwen2.5-VL folder or hub id, as in model=Qwen/Qwen2.5-VL-3B-Instruct")
-    if not cfg.phases:
-        raise UserError("the recipe has no phases: list at least one under `phases:`")
-    if len(cfg.optim.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in cfg.optim.betas):
+    if not cfg.phases or "start" in cfg.phases:
+        raise UserError(f"phases={list(cfg.phases)}: at least one is needed, and none called start, as accuracy before it is")
+    if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise UserError(f"optim.betas={cfg.optim.betas}: two numbers in [0, 1) are needed")
     if cfg.prompt.min_pixels > cfg.prompt.max_pixels:
         raise UserError(f"prompt.min_pixels={cfg.prompt.min_pixels} exceeds prompt.max_pixels={cfg.prompt.max_pixels}")
     for name, phase in cfg.phases.items():
         objective, where = phase.objective, f"phases.{name}"
-        for key, value in (_GRPO | ALGORITHMS[objective.algorithm]).items():
+        for key, value in (GRPO | ALGORITHMS[objective.algorithm]).items():
             if getattr(objective, key) is None:
                 setattr(objective, key, value)
         if objective.tis_cap is None:
             objective.tis_cap = 0.0 if cfg.rollout.engine == "local" else 2.0
-        if not phase.data:
-            raise UserError(f"{where}.data is empty: give a file, folder or hub id")
-        if phase.group_size == 1:
-            raise UserError(f"{where}.group_size=1: {objective.adv_estimator} compares responses; use 2 or more")
-        if objective.kl_place == "reward" and objective.kl_estimator != "k1":
-            raise UserError(f"{where}.objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1")
-        if 0 < objective.clip_ratio_dual <= 1:
-            raise UserError(f"{where}.objective.clip_ratio_dual={objective.clip_ratio_dual}: more than 1, or 0 for off")
-        if phase.top_p > 1:
-            raise UserError(f"{where}.top_p={phase.top_p}: at most 1")
-        if (phase.top_p < 1 or phase.top_k) and objective.tis_cap:
-            raise UserError(f"{where}: top_p={phase.top_p}, top_k={phase.top_k} truncate what is sampled, so importance "
-                            "weights against the sampler are wrong; set top_p=1 top_k=0, or objective.tis_cap=0")
-        if phase.prompts_per_step < phase.updates_per_rollout:
-            raise UserError(f"{where}: updates_per_rollout={phase.updates_per_rollout} exceeds prompts_per_step="
-                            f"{phase.prompts_per_step}; a group is never split over updates")
+        truncated, dual = phase.top_p < 1 or phase.top_k > 0, objective.clip_ratio_dual
+        for wrong, message in (
+            (not phase.data, ".data is empty: give a file, folder or hub id"),
+            (phase.group_size == 1, f".group_size=1: {objective.adv_estimator} compares responses; use 2 or more"),
+            (objective.kl_place == "reward" and objective.kl_estimator != "k1",
+             f".objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1"),
+            (0 < dual <= 1, f".objective.clip_ratio_dual={dual}: more than 1, or 0 for off"),
+            (phase.top_p > 1, f".top_p={phase.top_p}: at most 1"),
+            (truncated and objective.tis_cap, f": top_p={phase.top_p}, top_k={phase.top_k} make importance weights "
+             "against the sampler wrong; set top_p=1 top_k=0, or objective.tis_cap=0"),
+            (phase.prompts_per_step < phase.updates_per_rollout, f".updates_per_rollout={phase.updates_per_rollout} "
+             f"exceeds prompts_per_step={phase.prompts_per_step}; a group is never split over updates"),
+        ):
+            if wrong:
+                raise UserError(f"{where}{message}")
     for key in ("max_response_tokens", "max_prompt_tokens"):
-        longest = max(getattr(phase, key) for phase in cfg.phases.values())
-        setattr(cfg.evaluate, key, getattr(cfg.evaluate, key) or longest)
+        if getattr(cfg.evaluate, key) is None:
+            setattr(cfg.evaluate, key, max(getattr(phase, key) for phase in cfg.phases.values()))
     for name, task in cfg.evaluate.tasks.items():
         if not isinstance(task, dict) or set(task) - {"data", "captions"} or not task.get("data"):
             raise UserError(f"evaluate.tasks.{name}={task!r}: give {{data: FILE, captions: true or false}}")
@@ -269,7 +264,7 @@ def known_keys():
             if dataclasses.is_dataclass(f.type):
                 yield from walk(f.type, f"{prefix}{f.name}.")
             else:
-                default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+                default = f.default_factory() if f.default is dataclasses.MISSING else f.default
                 yield prefix + f.name, default, f.metadata["help"]
     keys = [k for k in walk(Recipe, "") if not k[0].startswith(("defaults.", "phases"))]
     return keys + list(walk(Phase, "phases.<name>."))
@@ -287,8 +282,9 @@ def _apply(tree, override):
     if not equals or not key:
         raise UserError(f"{override!r} is not an override: write dotted.key=value")
     *parents, leaf = key.split(".")
-    if parents[:1] == ["phases"] and len(parents) > 1 and parents[1] not in (tree.get("phases") or {}):
-        has = ", ".join(tree.get("phases") or {}) or "none"
+    phases = tree.get("phases") or {}
+    if parents[:1] == ["phases"] and len(parents) > 1 and isinstance(phases, dict) and parents[1] not in phases:
+        has = ", ".join(map(str, phases)) or "none"
         raise UserError(f"{key}: the recipe has no phase {parents[1]!r}; it has {has}")
     for parent in parents:
         if tree.get(parent) is None:
@@ -304,11 +300,8 @@ def _apply(tree, override):
 def _merged(base, own):
     if not isinstance(own, dict):
         return own
-    out = dict(base)
-    for key, value in own.items():
-        deep = isinstance(value, dict) and isinstance(base.get(key), dict)
-        out[key] = _merged(base[key], value) if deep else value
-    return out
+    return base | {key: _merged(base[key], value) if isinstance(base.get(key), dict) else value
+                   for key, value in own.items()}
 
 
 def _build(cls, tree, where):
@@ -330,7 +323,9 @@ def _build(cls, tree, where):
 
 
 def _value(kind, value, key, where):
+    """The value as `kind`: a plain type, a list of one, or a union of these."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    elements = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is list]
     kinds = tuple(typing.get_origin(k) or k for k in kinds)
     name = f"{where}{key}"
     if isinstance(value, str) and float in kinds:
@@ -347,10 +342,11 @@ def _value(kind, value, key, where):
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("none" if k is types.NoneType else k.__name__ for k in kinds)
         raise UserError(f"{name}={value!r}: {wanted} is needed")
+    if isinstance(value, list):
+        return [_value(elements[0], item, f"{key}[{i}]", where) for i, item in enumerate(value)]
     if value is not None and key in CHOICES and value not in CHOICES[key]:
         raise UserError(f"{name}={value!r}: one of {', '.join(repr(c) for c in CHOICES[key])} is needed")
-    if value is not None and key in POSITIVE and not (value > 0 and value < float("inf")):
-        raise UserError(f"{name}={value}: must be above 0")
-    if value is not None and key in NOT_NEGATIVE and not (value >= 0 and value < float("inf")):
-        raise UserError(f"{name}={value}: must not be negative")
+    positive = key in POSITIVE
+    if isinstance(value, (int, float)) and not (0 <= value < math.inf and (value or not positive)):
+        raise UserError(f"{name}={value}: a number {'above 0' if positive else 'of 0 or more'} is needed")
     return value

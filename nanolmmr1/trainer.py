@@ -1,0 +1,330 @@
+"""One step of reinforcement learning in six visible stages, and the phases that are made of steps.
+
+`Trainer.step` is the page that everything else serves: sample, judge, pack, remember, learn,
+account. Nothing in it depends on the engine, the model or the phase.
+
+Next: pack.py (how tokens lie in memory), objective.py (what is optimised).
+"""
+
+import zlib
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from nanolmmr1.config import UserError
+from nanolmmr1.data import PromptSampler, open_image
+from nanolmmr1.metrics import StageTimer, peak_rss_mb
+from nanolmmr1.objective import Tokens, overlong_penalty, token_advantages, token_weights
+from nanolmmr1.pack import pack_groups
+from nanolmmr1.policy import learning_rate
+from nanolmmr1.rollout import SamplingParams
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Saved in checkpoints; with the weights, it is all that a resumed run needs."""
+
+    phase: str = ""
+    phase_step: int = 0
+    step: int = 0  # over all phases
+    cursor: int = 0  # rows of the phase taken so far
+    bad_steps: int = 0  # non-finite steps in a row
+    skipped_steps: int = 0  # non-finite steps in all
+    wall_s: float = 0.0
+    metric_lines: int = 0
+    finished: str = ""  # the last phase that was evaluated
+    accuracy: dict = field(default_factory=dict)  # moment -> {task: fraction}
+
+    def inside(self, name):
+        """Whether steps of this phase have been taken."""
+        return self.phase == name and self.phase_step > 0
+
+    def phase_done(self, name, phases):
+        """Whether the run is past this phase, its evaluation included."""
+        order = list(phases)
+        if self.phase not in order or order.index(name) != order.index(self.phase):
+            return self.phase in order and order.index(name) < order.index(self.phase)
+        return self.phase_step >= phases[name].steps and self.finished == name
+
+
+class Rollout:
+    """What was sampled in a step, as flat vectors over its M scored tokens, response after response."""
+
+    def __init__(self, groups):
+        responses = [r for group in groups for r in group.responses]
+        self.groups = groups
+        self.lengths = torch.tensor([len(r.ids) for r in responses])  # (R,)
+        self.group = torch.repeat_interleave(torch.tensor([len(g.responses) for g in groups]))  # (R,)
+        self.response = torch.repeat_interleave(self.lengths)  # (M,)
+        self.sampler_logp = torch.cat([r.logp for r in responses])  # (M,)
+        self.rewards = torch.tensor([reward for group in groups for reward in group.rewards])  # (R,)
+        self.cut = torch.tensor([r.finish == "length" for r in responses])  # (R,)
+        self.weight = torch.zeros(len(responses))  # (R,), of each of the response's tokens
+        self.old_logp = self.ref_logp = self.advantage = None  # (M,)
+
+    def tokens(self, pack, device):
+        """The objective's view of a pack."""
+        at, response = pack.where, self.response[pack.where]
+        local = torch.unique_consecutive(response, return_inverse=True)[1]
+        vectors = [
+            self.advantage[at],
+            self.weight[response],
+            local,
+            self.sampler_logp[at],
+            *(None if v is None else v[at] for v in (self.old_logp, self.ref_logp)),
+        ]
+        return Tokens(*(None if v is None else v.to(device) for v in vectors))
+
+
+class Trainer:
+    """A policy, a sampler and a judge, and the phase they work on.
+
+    Args:
+        cfg: the recipe. policy, sampler, judge, processor: see their files.
+        metrics, samples, display: where a step is told.
+        progress: Progress to go on from.
+    """
+
+    def __init__(self, cfg, policy, sampler, judge, processor, metrics, samples, display, progress=None):
+        self.cfg, self.policy, self.sampler, self.judge, self.processor = cfg, policy, sampler, judge, processor
+        self.metrics, self.samples, self.display = metrics, samples, display
+        self.progress = progress or Progress()
+
+    def start_phase(self, name, rows, reference=None):
+        """Begin (or, where progress is inside it, continue) a phase.
+
+        Args:
+            rows: the phase's rows, already selected; reference: frozen model for KL, or None.
+        """
+        self.phase = self.cfg.phases[name]
+        if self.progress.phase != name:
+            self.progress.phase, self.progress.phase_step, self.progress.cursor = name, 0, 0
+        self.rows, self.order = rows, PromptSampler(len(rows), self.cfg.seed, name)
+        # Part of each response's seed: phases draw differently from the same rows.
+        self.phase_seed = zlib.crc32(name.encode())
+        self.policy.start_phase(self.phase)
+        self.policy.reference = reference
+        self.display.start_phase(name, self.progress.phase_step)
+
+    def step(self):
+        """One rollout and the updates it pays for. Returns the step's record, as written to metrics.jsonl."""
+        phase, objective, policy, timer = self.phase, self.phase.objective, self.policy, StageTimer()
+
+        with timer.stage("step"):
+            # 1. sample, 2. judge: until enough groups can teach something (see collect).
+            groups, sampled, cursor = self.collect(timer)
+            rollout = Rollout(groups)
+
+            # 3. pack: one flat token axis per micro-batch; a group's prompt stands in it once.
+            updates, first, split = [], 0, 0
+            for part in _deal(groups, phase.updates_per_rollout):
+                packs, cut = pack_groups(part, self.cfg.pack.tokens_per_micro_batch, first)
+                updates.append(packs)
+                split += cut
+                first += sum(len(r.ids) for group in part for r in group.responses)
+
+            # 4. remember: log-probs before the first update, and the reference's, with the same packs.
+            kl_in_reward = objective.kl_coef and objective.kl_place == "reward"
+            if phase.updates_per_rollout > 1 or kl_in_reward:
+                with timer.stage("old"):
+                    rollout.old_logp = self.score(updates, rollout)
+            if policy.reference is not None:
+                with timer.stage("ref"):
+                    rollout.ref_logp = self.score(updates, rollout, policy.reference)
+            with timer.stage("adv"):
+                scored = rollout.rewards + overlong_penalty(
+                    rollout.lengths, phase.max_response_tokens, objective.overlong_buffer, objective.overlong_penalty
+                )
+                kl = rollout.old_logp - rollout.ref_logp if kl_in_reward else None
+                rollout.advantage = token_advantages(scored, rollout.group, rollout.response, kl, objective)
+
+            # 5. learn: one denominator per update, so that no cut into packs changes the gradient.
+            with timer.stage("update_actor"):
+                learnt = self.learn(updates, rollout)
+
+        # 6. account: one record, one line on disk.
+        self.progress.step += 1
+        self.progress.phase_step += 1
+        self.progress.cursor = cursor
+        record = self.account(rollout, sampled, learnt, split, timer)
+        self.metrics.write(record)
+        self.progress.metric_lines += 1
+        self.keep_sample(rollout)
+        self.display.step(record)
+        if self.progress.bad_steps >= self.cfg.optim.max_bad_steps:
+            raise UserError(
+                f"{self.progress.bad_steps} steps in a row had a non-finite loss or gradient and were skipped: "
+                f"lower lr (now {phase.lr}) or raise objective.kl_coef, and resume from the last checkpoint"
+            )
+        return record
+
+    def collect(self, timer):
+        """Sampled and judged groups: `prompts_per_step` of them.
+
+        With dynamic sampling, groups whose rewards are all equal carry no gradient and are replaced,
+        `max_refills` times at most; then the step makes do with the groups it has. Returns the
+        groups to learn from, all that were sampled, and the row cursor after them.
+        """
+        phase, cursor = self.phase, self.progress.cursor
+        params = SamplingParams(
+            phase.group_size,
+            phase.max_response_tokens,
+            phase.temperature,
+            phase.top_p,
+            phase.top_k,
+            self.processor.stop_ids,
+            self.processor.banned_ids,
+        )
+        kept, sampled = [], []
+        for _ in range(1 + phase.max_refills * phase.dynamic_sampling):
+            count = phase.prompts_per_step - len(kept)
+            with timer.stage("data"):
+                prompts = [self.processor.prepare(self.rows[i], phase.captions) for i in self.order.take(cursor, count)]
+            with timer.stage("gen"):
+                self.sampler.wake()
+                seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(count)]
+                groups = self.sampler.generate(prompts, params, seeds)
+                self.sampler.sleep()
+            with timer.stage("reward"):
+                self.judge_groups(groups)
+            cursor += count
+            sampled += groups
+            kept += [g for g in groups if not phase.dynamic_sampling or len(set(g.rewards)) > 1]
+            if len(kept) == phase.prompts_per_step:
+                break
+        if not kept:
+            self.display.note(
+                f"step {self.progress.step + 1}: all {len(sampled)} groups have equal rewards, so nothing is learnt; "
+                "the rows are too easy or too hard, or the reward is wrong"
+            )
+        return kept or sampled[-phase.prompts_per_step :], sampled, cursor
+
+    def judge_groups(self, groups):
+        for group in groups:
+            group.texts = [self.processor.decode(r.ids) for r in group.responses]
+        pairs = [(text, group.prompt.row.public()) for group in groups for text in group.texts]
+        judgements = iter(self.judge.score(pairs))
+        for group in groups:
+            group.judgements = [next(judgements) for _ in group.texts]
+
+    def score(self, updates, rollout, model=None):
+        """Log-probs of all scored tokens on the flat axis, (M,)."""
+        logp = torch.zeros_like(rollout.sampler_logp)
+        for pack in (pack for packs in updates for pack in packs):
+            logp[pack.where] = self.policy.score(pack, self.phase.temperature, model)[0].cpu()
+        return logp
+
+    def learn(self, updates, rollout):
+        """One optimiser step per update; returns what `account` reports of them."""
+        phase, sums, norms = self.phase, {}, []
+        lr = learning_rate(phase, self.cfg.optim, self.progress.phase_step)
+        for packs in updates:
+            own = torch.unique(torch.cat([rollout.response[pack.where] for pack in packs]))
+            rollout.weight[own] = token_weights(
+                rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
+            )
+            loss = 0.0
+            for pack in packs:
+                stats = self.policy.learn(
+                    pack, rollout.tokens(pack, self.policy.device), phase.objective, phase.temperature
+                )
+                loss += float(stats["loss"])
+                for key, value in stats.items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+            norm, updated = self.policy.apply(lr, loss)
+            norms.append(norm)
+            self.progress.bad_steps = 0 if updated else self.progress.bad_steps + 1
+            self.progress.skipped_steps += not updated
+        self.sampler.update(self.policy.model)
+        return {
+            "lr": lr,
+            "norm": sum(norms) / len(norms),
+            "micro_batches": sum(map(len, updates)),
+            "updates": len(updates),
+        } | sums
+
+    def account(self, rollout, sampled, learnt, split, timer):
+        """The step's record. Rewards and lengths are of everything sampled, the rest of what was learnt from."""
+        progress, tokens = self.progress, max(1, learnt["tokens"])
+        judgements = [j for group in sampled for j in group.judgements]
+        spread = [len(set(group.rewards)) > 1 for group in sampled]
+        lengths = torch.tensor([len(r.ids) for group in sampled for r in group.responses], dtype=torch.float)
+        cut = [r.finish == "length" for group in sampled for r in group.responses]
+        prompts = [len(group.prompt.ids) for group in sampled]
+        parts = {key for judgement in judgements for key in judgement} - {"timeout"}
+        seconds = timer.seconds()
+        handled = sum(prompts) + float(lengths.sum())
+        return {
+            "phase": progress.phase,
+            "step": progress.step,
+            "phase_step": progress.phase_step,
+            **{f"reward/{key}": _mean([j[key] for j in judgements if key in j]) for key in sorted(parts)},
+            "reward/timeouts": sum(j["timeout"] for j in judgements),
+            "reward/frac_zero_std": 1 - _mean(spread),
+            "actor/pg_loss": learnt["pg_loss"] / learnt["updates"],
+            "actor/kl_loss": learnt.get("kl_loss", 0.0) / learnt["updates"],
+            "actor/entropy": learnt["entropy"] / tokens,
+            "actor/ppo_kl": learnt["ppo_kl"] / tokens,
+            **{
+                f"actor/pg_{key}": learnt[key] / tokens
+                for key in ("clipfrac_higher", "clipfrac_lower", "clipfrac_dual")
+            },
+            "actor/grad_norm": learnt["norm"],
+            "actor/lr": learnt["lr"],
+            "actor/skipped_steps": progress.skipped_steps,
+            "mismatch/kl": learnt["mismatch_kl"] / tokens,
+            "mismatch/logp_abs": learnt["mismatch_abs"] / tokens,
+            "response_length/mean": float(lengths.mean()),
+            "response_length/max": int(lengths.max()),
+            "response_length/min": int(lengths.min()),
+            "response_length/clip_ratio": _mean(cut),
+            "prompt_length/mean": _mean(prompts),
+            "prompt_length/max": max(prompts),
+            "dynamic/sampled_groups": len(sampled),
+            "dynamic/trained_groups": len(rollout.groups),
+            "pack/micro_batches": learnt["micro_batches"],
+            "pack/split_groups": split,
+            **seconds,
+            "perf/time_per_step": seconds["timing_s/step"],
+            "perf/total_num_tokens": int(handled),
+            "perf/throughput": handled / seconds["timing_s/step"],
+            "perf/peak_rss_mb": peak_rss_mb(),
+        }
+
+    def keep_sample(self, rollout):
+        """Keep the step's first group, at about ten steps a phase, the first and last among them."""
+        step, steps = self.progress.phase_step, self.phase.steps
+        if step not in (1, steps) and step % max(1, steps // 10):
+            return
+        group, first = rollout.groups[0], (rollout.lengths.cumsum(0) - rollout.lengths).tolist()
+        row = group.prompt.row
+        record = {
+            "phase": self.progress.phase,
+            "step": self.progress.step,
+            "problem": row.problem,
+            "answer": row.answer,
+            "images": [open_image(item) for item in row.images],
+            "responses": [
+                {
+                    "text": text,
+                    "reward": judgement["overall"],
+                    "advantage": float(rollout.advantage[first[g]]),
+                    "parts": judgement,
+                }
+                for g, (text, judgement) in enumerate(zip(group.texts, group.judgements, strict=True))
+            ],
+        }
+        self.samples.write(record | ({"caption": row.caption} if self.phase.captions else {}))
+
+    def state(self):
+        return asdict(self.progress)
+
+
+def _deal(groups, parts):
+    """`parts` contiguous shares, as equal as can be; fewer where there are fewer groups."""
+    parts = min(parts, len(groups))
+    return [groups[len(groups) * i // parts : len(groups) * (i + 1) // parts] for i in range(parts)]
+
+
+def _mean(values):
+    return sum(values) / len(values)
