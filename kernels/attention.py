@@ -48,15 +48,17 @@ class Spans:
         num_tokens: T, the length of the packed axis.
 
     Raises:
-        ValueError: a range that runs backwards or leaves [0, T), query ranges that overlap, or a
-            causal span whose query and key ranges differ in length.
+        ValueError: a table of another shape, a range that runs backwards or leaves [0, T), query ranges that
+            overlap, queries without a key, or a causal span whose query and key ranges differ in length.
     """
 
     table: torch.Tensor
     num_tokens: int
 
     def __post_init__(self):
-        table = torch.as_tensor(self.table, dtype=torch.int32).reshape(-1, 7)
+        table = torch.as_tensor(self.table, dtype=torch.int32)
+        if table.ndim != 2 or table.shape[1] != 7:
+            raise ValueError(f"span table {tuple(table.shape)}: want (S, 7), q0 q1 k0 k1 p0 p1 causal")
         object.__setattr__(self, "table", table)
         end = 0
         for row in sorted(table.tolist()):

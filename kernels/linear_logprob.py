@@ -3,17 +3,21 @@
     z = hidden @ weight.T / temperature        (banned columns: -inf)
     logp[t] = z[t, y[t]] - lse(z[t]),    entropy[t] = lse(z[t]) - sum_v p[t, v] z[t, v]
 
-Only a chunk of tokens meets the vocabulary at a time, so the extra memory is two (C, V) buffers
-whatever N is. Rows are shifted by their maximum before exp. Statistics are fp32 (fp64 for fp64
-inputs): rounding logits to bf16 first would cost up to 0.1 nat.
+Only a chunk of tokens meets the vocabulary at a time, so the extra memory is one (C, V) buffer
+whatever N is; what its statistics need besides is made for a few rows at a time, while they are in
+cache. Rows are shifted by their maximum before exp. Statistics are fp32 (fp64 for fp64 inputs):
+rounding logits to bf16 first would cost up to 0.1 nat.
 
 Next: linear_loss.py, which makes gradients out of the same chunks.
 """
 
+import math
+
 import torch
 from torch.distributed.tensor import DTensor
 
-CHUNK_ELEMENTS = {"cpu": 20_000_000, "cuda": 320_000_000}  # of one (C, V) buffer
+CHUNK_ELEMENTS = {"cpu": 32_000_000, "cuda": 320_000_000}  # of the (C, V) buffer
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the rows whose exp is held at a time
 
 
 def linear_logprob_ref(hidden, weight, target, temperature=1.0, banned=()):
@@ -54,7 +58,9 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
         logp = torch.empty(len(hidden), dtype=stats_dtype(hidden), device=hidden.device)  # (N,)
         entropy = torch.empty_like(logp)  # (N,)
         for rows in chunks(hidden, weight, chunk_tokens):
-            _, _, logp[rows], entropy[rows], _ = softmax_stats(hidden[rows], weight, target[rows], temperature, banned)
+            z = scores(hidden[rows], weight)  # (C, V)
+            logp[rows], entropy[rows], _ = softmax_stats(z, target[rows], temperature, banned)
+            del z  # before the next chunk's is made
     return logp, entropy
 
 
@@ -87,29 +93,47 @@ def stats_dtype(hidden):
 
 
 def chunks(hidden, weight, chunk_tokens):
-    """Slices of the token axis, each small enough for its (C, V) buffers."""
-    size = chunk_tokens or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 0) // len(weight))
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    """Slices of the token axis, each small enough for its (C, V) buffer."""
+    return _cut(len(hidden), chunk_tokens or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 0) // len(weight)))
 
 
-def softmax_stats(hidden, weight, target, temperature, banned):
-    """One chunk's z - max, exp of it, log-prob, entropy and log-sum-exp (of z - max)."""
-    z = _scores(hidden, weight)  # (C, V)
-    z.div_(temperature)
-    if banned:  # finite, so that 0 * z stays 0 in the entropy
-        z.index_fill_(1, torch.tensor(banned, device=z.device), -1e9)
-    z.sub_(z.amax(1, keepdim=True))
-    e = z.exp()  # (C, V)
-    total = e.sum(1)  # (C,)
-    lse = total.log()
-    logp = z.gather(1, target[:, None]).squeeze(1) - lse  # (C,)
-    mean_z = torch.bmm(e[:, None, :], z[:, :, None]).view(-1) / total  # (C,), no (C, V) product is stored
-    return z, e, logp, lse - mean_z, lse
+def blocks(z):
+    """(slice, those rows of a chunk, scratch of their shape), a few rows at a time.
+
+    One scratch serves all, since the heap would grow by one a block if each were made anew.
+    """
+    parts = _cut(len(z), max(1, BLOCK_ELEMENTS.get(z.device.type, 0) // z.shape[1]))
+    scratch = torch.empty_like(z[parts[0]])  # (B, V)
+    for rows in parts:
+        yield rows, z[rows], scratch[: rows.stop - rows.start]
 
 
-def _scores(hidden, weight):
+def _cut(count, size):
+    """Slices of range(count), as few as can be at no more than `size` each, and then even."""
+    size = math.ceil(count / math.ceil(count / size)) if count else 1
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def scores(hidden, weight):
+    """Logits (C, V) before temperature, in the statistics' dtype."""
     if hidden.dtype in (torch.float32, torch.float64):
         return hidden @ weight.T
     if hidden.device.type == "cuda":  # keep the matmul's fp32 accumulator
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return hidden.float() @ weight.float().T
+
+
+def softmax_stats(z, target, temperature, banned):
+    """Log-prob, entropy and log-sum-exp (C,) of a chunk's logits z, which become z / temperature - max in place."""
+    logp, entropy, lse = z.new_empty(3, len(z))  # (C,) each
+    for rows, block, e in blocks(z):
+        block.div_(temperature)
+        if banned:  # finite, so that 0 * z stays 0 in the entropy
+            block.index_fill_(1, torch.tensor(banned, device=z.device), -1e9)
+        top, place = block.max(1, keepdim=True)  # (B, 1) twice
+        torch.exp(block.sub_(top), out=e).scatter_(1, place, 0)
+        rest = e.sum(1)  # (B,), without the largest's 1, next to which a small sum would round away
+        lse[rows] = rest.log1p()
+        logp[rows] = block.gather(1, target[rows, None]).squeeze(1) - lse[rows]
+        entropy[rows] = lse[rows] - e.mul_(block).sum(1) / (1 + rest)  # the largest's z is 0 and adds nothing
+    return logp, entropy, lse

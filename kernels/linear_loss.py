@@ -21,7 +21,16 @@ uses -expm1(logp), since p - 1 cancels when p is near 1.
 
 import torch
 
-from .linear_logprob import check_head, chunks, linear_logprob, linear_logprob_ref, softmax_stats, stats_dtype
+from .linear_logprob import (
+    blocks,
+    check_head,
+    chunks,
+    linear_logprob,
+    linear_logprob_ref,
+    scores,
+    softmax_stats,
+    stats_dtype,
+)
 
 
 def linear_loss_ref(hidden, weight, target, objective, temperature=1.0, banned=()):
@@ -75,26 +84,25 @@ class _LinearLoss(torch.autograd.Function):
                 hidden, weight, target, temperature=temperature, banned=banned, chunk_tokens=chunk_tokens
             )
             loss, g_all, h_all = _objective_grads(objective, *whole, slice(0, len(target)))
-        empty = True
         for rows in chunks(hidden, weight, chunk_tokens):
             x = hidden[rows]
-            z, e, logp[rows], entropy[rows], lse = softmax_stats(x, weight, target[rows], temperature, banned)
+            z = scores(x, weight)  # (C, V)
+            logp[rows], entropy[rows], lse = softmax_stats(z, target[rows], temperature, banned)
             if two_pass:
                 g, h = g_all[rows], h_all[rows]
             else:
                 part, g, h = _objective_grads(objective, logp[rows], entropy[rows], rows)
                 loss += part
-            if not (need_hidden or need_weight):
-                continue
-            dz = _dlogits(z, e, lse, logp[rows], entropy[rows], target[rows], g / temperature, h / temperature).to(
-                hidden.dtype
-            )
-            if need_hidden:
-                torch.mm(dz, weight, out=grad_hidden[rows])
-            if need_weight:
-                _accumulate(grad_weight, dz, x, first=empty)
-            empty = False
-        if need_weight and empty:
+            if need_hidden or need_weight:
+                _dlogits_(z, lse, logp[rows], entropy[rows], target[rows], g / temperature, h / temperature)
+                dz = z.to(hidden.dtype)
+                if need_hidden:
+                    torch.mm(dz, weight, out=grad_hidden[rows])
+                if need_weight:
+                    _accumulate(grad_weight, dz, x, first=rows.start == 0)
+                del dz
+            del z  # before the next chunk's is made
+        if need_weight and not len(hidden):
             grad_weight.zero_()
         ctx.grads = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -103,8 +111,9 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _logp, _entropy):
-        grad_hidden, grad_weight = ctx.grads
-        ctx.grads = None  # a second backward fails loudly instead of scaling twice
+        if ctx.grads is None:
+            raise RuntimeError("linear_loss scales its gradients in place, so it has one backward: call it again")
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         if grad_hidden is not None:
             grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
         if grad_weight is not None:
@@ -121,16 +130,17 @@ def _objective_grads(objective, logp, entropy, rows):
     return loss.detach(), *(torch.zeros_like(logp) if x is None else x for x in (g, h))
 
 
-def _dlogits(z, e, lse, logp, entropy, target, g, h):
-    """dz in e's memory: -p (g + h (log p + entropy)), and the target's column apart."""
+def _dlogits_(z, lse, logp, entropy, target, g, h):
+    """dz in place of z: -p (g + h (log p + entropy)), and the target's column apart."""
     at_target = -g * torch.expm1(logp) - h * logp.exp() * (logp + entropy)  # (C,)
-    scale = -torch.exp(-lse)  # -1 / sum e
-    if h.any():
-        z.add_((entropy - lse)[:, None]).mul_((h * scale)[:, None]).add_((g * scale)[:, None])
-        e.mul_(z)
-    else:
-        e.mul_((g * scale)[:, None])
-    return e.scatter_(1, target[:, None], at_target[:, None])  # (C, V)
+    entropy_counts = bool(h.any())
+    for rows, block, p in blocks(z):
+        torch.sub(block, lse[rows, None], out=p).exp_()
+        if entropy_counts:
+            block.add_((entropy - lse)[rows, None]).mul_(-h[rows, None]).sub_(g[rows, None]).mul_(p)
+        else:
+            torch.mul(p, -g[rows, None], out=block)
+    z.scatter_(1, target[:, None], at_target[:, None])
 
 
 def _accumulate(grad_weight, dz, x, first):

@@ -171,9 +171,10 @@ def _shards(folder):
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            outside = [name for name in names if Path(name).name != name]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{index} is not a weight index: {error}") from error
-        if any(Path(name).name != name for name in names):
+        if outside:
             raise UserError(f"{index} names files outside its folder")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:

@@ -1,0 +1,168 @@
+"""House rules: where files live, which way imports run, what no file may hold, and that `kernels` is not our name."""
+
+import ast
+import os
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+PACKAGE = sorted((ROOT / "nanolmmr1").rglob("*.py"))
+SOURCES = [ROOT / "train.py", *PACKAGE, *KERNELS]
+BENCHES = sorted((ROOT / "bench").rglob("*.py"))
+EVERYTHING = [*SOURCES, *BENCHES, *sorted((ROOT / "tests").rglob("*.py"))]
+
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+every_file = pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return f"nanolmmr1.{name}" if path in KERNELS else name
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports(path, nodes=None):
+    """Modules that a file imports, ours by full name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module_name(path).split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *filter(None, [node.module])])
+            members = {f"{base}.{alias.name}" for alias in node.names}
+            found |= members & MODULES.keys() or {base}
+    return found
+
+
+def roots(path):
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_the_kernels_folder_is_no_package():
+    assert KERNELS and not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_every_kernel_has_a_test_and_a_bench_of_its_name(path):
+    assert (ROOT / "tests" / f"test_{path.name}").is_file()
+    assert (ROOT / "bench" / path.name).is_file()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_import_nothing_but_torch_triton_and_each_other(path):
+    ours = {name for name in imports(path) if name.startswith("nanolmmr1")}
+    assert all(name.startswith("nanolmmr1.kernels.") for name in ours)
+    assert roots(path) - {"nanolmmr1"} <= {"torch", "triton"} | sys.stdlib_module_names
+    assert "from nanolmmr1" not in path.read_text()  # relatively, so that the folder can be lifted out
+
+
+def test_imports_run_one_way():
+    def at_import(path):  # what a function imports when called makes no cycle
+        return imports(path, ast.parse(path.read_text()).body) & MODULES.keys()
+
+    graph = {name: at_import(path) for name, path in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+    assert order.index("nanolmmr1.config") < order.index("nanolmmr1.policy") < order.index("nanolmmr1.trainer")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("nanolmmr1", set()),
+        ("nanolmmr1.config", set()),
+        ("nanolmmr1.objective", set()),
+        ("nanolmmr1.model", {"nanolmmr1.kernels.attention"}),
+        ("nanolmmr1.pack", {"nanolmmr1.kernels.attention"}),
+        ("nanolmmr1.data", {"nanolmmr1.config"}),
+        ("nanolmmr1.metrics", {"nanolmmr1.config"}),
+        ("nanolmmr1.weights", {"nanolmmr1.config", "nanolmmr1.model"}),
+        ("nanolmmr1.prompt", {"nanolmmr1.config", "nanolmmr1.data"}),
+        ("nanolmmr1.reward", {"nanolmmr1.config", "nanolmmr1.judge"}),
+    ],
+)
+def test_a_room_imports_no_more_of_the_house_than_it_needs(name, allowed):
+    assert imports(MODULES[name]) & MODULES.keys() <= allowed
+
+
+def test_the_package_itself_imports_nothing():
+    assert not imports(MODULES["nanolmmr1"])
+
+
+@every_source
+def test_a_library_stays_in_the_file_that_owns_it(path):
+    name = module_name(path)
+    assert "transformers" not in roots(path) or name == "nanolmmr1.prompt"
+    assert "vllm" not in roots(path)
+    assert not roots(path) & {"bench", "tests"}
+    assert "nanolmmr1.trainer" not in imports(path) or name == "train"
+    assert "train" not in imports(path)
+    assert "torch" not in roots(path) or name not in ("nanolmmr1.reward", "nanolmmr1.judge", "nanolmmr1.data")
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *BENCHES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_enough_to_be_read(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@every_file
+def test_nothing_runs_code_from_data_or_hides_errors(path):
+    if path == Path(__file__):
+        return
+    assert not roots(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except, line {node.lineno}"
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert "trust_remote_code" not in keywords, f"line {node.lineno}"
+            if ast.unparse(node.func) == "torch.load":
+                assert keywords.get("weights_only") == "True", f"line {node.lineno}"
+
+
+def run_python(code, cwd, *paths):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_our_kernels_are_imported_as_part_of_the_package(tmp_path):
+    code = "import nanolmmr1.kernels.linear_loss as k; print(k.__name__, k.__file__)"
+    for cwd, paths in ((ROOT, []), (tmp_path, [ROOT])):
+        name, file = run_python(code, cwd, *paths)
+        assert name == "nanolmmr1.kernels.linear_loss" and Path(file) == ROOT / "kernels" / "linear_loss.py"
+
+
+BESIDE = """
+import kernels, nanolmmr1.kernels.attention as ours
+from transformers import Qwen2_5_VLConfig
+print(kernels.__file__, ours.__file__, Qwen2_5_VLConfig.model_type)
+"""
+
+
+def test_a_package_of_that_name_works_beside_ours(tmp_path):
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.write_text("__version__ = '0.0.1'\n")
+    # An empty path entry is the current folder, the repository, as in `python train.py`.
+    found, ours, model_type = run_python(BESIDE, ROOT, "", tmp_path)
+    assert Path(found) == theirs
+    assert Path(ours) == ROOT / "kernels" / "attention.py"
+    assert model_type == "qwen2_5_vl"
+
+
+def test_hugging_faces_kernels_package_works_beside_ours():
+    try:
+        version("kernels")
+    except PackageNotFoundError:
+        pytest.skip("needs Hugging Face's `kernels` package")
+    found, ours, _ = run_python(BESIDE, ROOT)
+    assert "site-packages" in found and Path(ours) == ROOT / "kernels" / "attention.py"
