@@ -197,10 +197,9 @@ def load(recipe="desk", overrides=()):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
     for override in overrides:
         _apply(tree, override)
-    phases = tree.pop("phases", None) or {}
+    phases, defaults = tree.pop("phases", None) or {}, tree.get("defaults") or {}
     if not isinstance(phases, dict):
         raise UserError(f"phases must be a mapping, name -> phase; got {type(phases).__name__}")
-    defaults = tree.get("defaults") or {}
     cfg = _build(Recipe, tree, "")
     for name, own in phases.items():
         cfg.phases[str(name)] = _build(Phase, _merged(defaults, own or {}), f"phases.{name}.")
@@ -215,18 +214,17 @@ def resolve(cfg):
     if not cfg.model:
         raise UserError("model is empty: give a Qwen2.5-VL folder or hub id, as in model=Qwen/Qwen2.5-VL-3B-Instruct")
     if not cfg.phases or "start" in cfg.phases:
-        raise UserError(f"phases={list(cfg.phases)}: at least one is needed, and none called start, as accuracy before it is")
+        raise UserError(f"phases={list(cfg.phases)}: give at least one, and none called start, as the moment before is")
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise UserError(f"optim.betas={cfg.optim.betas}: two numbers in [0, 1) are needed")
     if cfg.prompt.min_pixels > cfg.prompt.max_pixels:
         raise UserError(f"prompt.min_pixels={cfg.prompt.min_pixels} exceeds prompt.max_pixels={cfg.prompt.max_pixels}")
     for name, phase in cfg.phases.items():
         objective, where = phase.objective, f"phases.{name}"
-        for key, value in (GRPO | ALGORITHMS[objective.algorithm]).items():
+        engine = dict(tis_cap=0.0 if cfg.rollout.engine == "local" else 2.0)
+        for key, value in (GRPO | engine | ALGORITHMS[objective.algorithm]).items():
             if getattr(objective, key) is None:
                 setattr(objective, key, value)
-        if objective.tis_cap is None:
-            objective.tis_cap = 0.0 if cfg.rollout.engine == "local" else 2.0
         truncated, dual = phase.top_p < 1 or phase.top_k > 0, objective.clip_ratio_dual
         for wrong, message in (
             (not phase.data, ".data is empty: give a file, folder or hub id"),
@@ -246,7 +244,8 @@ def resolve(cfg):
         if getattr(cfg.evaluate, key) is None:
             setattr(cfg.evaluate, key, max(getattr(phase, key) for phase in cfg.phases.values()))
     for name, task in cfg.evaluate.tasks.items():
-        if not isinstance(task, dict) or set(task) - {"data", "captions"} or not task.get("data"):
+        good = isinstance(task, dict) and not set(task) - {"data", "captions"} and task.get("data")
+        if not (good and isinstance(task["data"], (str, list)) and isinstance(task.get("captions", False), bool)):
             raise UserError(f"evaluate.tasks.{name}={task!r}: give {{data: FILE, captions: true or false}}")
 
 
@@ -264,8 +263,8 @@ def known_keys():
             if dataclasses.is_dataclass(f.type):
                 yield from walk(f.type, f"{prefix}{f.name}.")
             else:
-                default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-                yield prefix + f.name, default, f.metadata["help"]
+                made = f.default is dataclasses.MISSING
+                yield prefix + f.name, f.default_factory() if made else f.default, f.metadata["help"]
     keys = [k for k in walk(Recipe, "") if not k[0].startswith(("defaults.", "phases"))]
     return keys + list(walk(Phase, "phases.<name>."))
 
@@ -298,10 +297,9 @@ def _apply(tree, override):
 
 
 def _merged(base, own):
-    if not isinstance(own, dict):
+    if not (isinstance(base, dict) and isinstance(own, dict)):
         return own
-    return base | {key: _merged(base[key], value) if isinstance(base.get(key), dict) else value
-                   for key, value in own.items()}
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 
 def _build(cls, tree, where):
@@ -337,8 +335,8 @@ def _value(kind, value, key, where):
         value = float(value)
     if str in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # a folder called 7
-    if value is None and types.NoneType not in kinds and (list in kinds or dict in kinds):
-        value = list() if list in kinds else dict()
+    if value is None and types.NoneType not in kinds:  # `key=` empties it
+        value = next((k() for k in (str, list, dict) if k in kinds), None)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("none" if k is types.NoneType else k.__name__ for k in kinds)
         raise UserError(f"{name}={value!r}: {wanted} is needed")

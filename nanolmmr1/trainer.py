@@ -104,6 +104,7 @@ class Trainer:
         self.phase_seed = zlib.crc32(name.encode())
         self.policy.start_phase(self.phase)
         self.policy.reference = reference
+        self.told_split = False
         self.display.start_phase(name, self.progress.phase_step)
 
     def step(self):
@@ -116,12 +117,7 @@ class Trainer:
             rollout = Rollout(groups)
 
             # 3. pack: one flat token axis per micro-batch; a group's prompt stands in it once.
-            updates, first, split = [], 0, 0
-            for part in _deal(groups, phase.updates_per_rollout):
-                packs, cut = pack_groups(part, self.cfg.pack.tokens_per_micro_batch, first)
-                updates.append(packs)
-                split += cut
-                first += sum(len(r.ids) for group in part for r in group.responses)
+            updates, split = self.pack(groups)
 
             # 4. remember: log-probs before the first update, and the reference's, with the same packs.
             kl_in_reward = objective.kl_coef and objective.kl_place == "reward"
@@ -206,6 +202,22 @@ class Trainer:
         judgements = iter(self.judge.score(pairs))
         for group in groups:
             group.judgements = [next(judgements) for _ in group.texts]
+
+    def pack(self, groups):
+        """The packs of each update, and how many groups had to be split."""
+        updates, first, split, budget = [], 0, 0, self.cfg.pack.tokens_per_micro_batch
+        for part in _deal(groups, self.phase.updates_per_rollout):
+            packs, cut = pack_groups(part, budget, first)
+            updates.append(packs)
+            split += cut
+            first += sum(len(r.ids) for group in part for r in group.responses)
+        if split and not self.told_split:
+            self.told_split = True
+            self.display.note(
+                f"{split} of {len(groups)} groups exceed pack.tokens_per_micro_batch={budget} and are split: "
+                "same gradient, but their prompts are computed more than once"
+            )
+        return updates, split
 
     def score(self, updates, rollout, model=None):
         """Log-probs of all scored tokens on the flat axis, (M,)."""

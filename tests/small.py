@@ -1,0 +1,95 @@
+"""A whole world of 48 tokens for tests of the loop: a step takes milliseconds, and nothing is read from disk."""
+
+import torch
+
+from nanolmmr1.config import Objective, Phase, Recipe, resolve
+from nanolmmr1.data import Row
+from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
+from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
+from nanolmmr1.policy import Policy
+from nanolmmr1.prompt import Prompt
+from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.trainer import Trainer
+
+VOCABULARY, STOP, BANNED = 48, 2, (0, 1)
+
+
+def small_model(seed=0):
+    """A random Qwen2.5-VL with opinions: its logits have a spread of about 2."""
+    vision = VisionConfig(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
+                          fullatt_block_indexes=(0,))
+    model = Qwen25VL(ModelConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, vision=vision, mrope_section=(2, 3, 3)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 or name.endswith("bias"):
+                p.normal_(std=0.3, generator=generator)
+    return model
+
+
+def small_recipe(phase=None, objective=None, optim=None, pack=None):
+    """One phase, `train`, with the given values changed."""
+    values = dict(data="rows", prompts_per_step=4, group_size=4, max_response_tokens=8, lr=1e-3, steps=50)
+    phase = Phase(**values | (phase or {}), objective=Objective(**objective or {}))
+    cfg = Recipe(model="model", phases={"train": phase})
+    for part, changes in ((cfg.optim, optim), (cfg.pack, pack)):
+        for key, value in (changes or {}).items():
+            setattr(part, key, value)
+    resolve(cfg)
+    return cfg
+
+
+class SmallProcessor:
+    """Row n is the prompt `n + 3`, five times or so; text is token ids in decimal."""
+
+    stop_ids, banned_ids = (STOP,), BANNED
+
+    def prepare(self, row, captions):
+        ids = torch.full((4 + int(row.problem) % 3,), 3 + int(row.problem))
+        return Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), torch.zeros(0, 1176),
+                      torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), row.problem)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids.tolist()))
+
+
+class SmallJudge:
+    """Judges by a function (token ids, row number) -> reward."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def score(self, pairs):
+        rewards = [float(self.rule([int(word) for word in text.split()], int(row["problem"]))) for text, row in pairs]
+        return [{"overall": reward, "accuracy": reward, "format": 1.0, "timeout": 0} for reward in rewards]
+
+
+class RecordingSampler(LocalSampler):
+    """The embedded sampler, which keeps what it drew last."""
+
+    def generate(self, *args):
+        self.groups = super().generate(*args)
+        return self.groups
+
+
+def share_of_even(ids, row):
+    return sum(token % 2 == 0 for token in ids) / len(ids)
+
+
+def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None, **changes):
+    """A trainer at the start of its phase, over 12 rows; `notes`: a list that is told what the user would be."""
+    cfg = small_recipe(**changes)
+    policy = Policy(small_model(seed), cfg, BANNED)
+    display = Display({"train": cfg.phases["train"].steps}, quiet=True)
+    if notes is not None:
+        display.note = notes.append
+    trainer = Trainer(cfg, policy, RecordingSampler(policy), SmallJudge(rule), SmallProcessor(), MetricsLog(folder),
+                      SampleLog(folder), display)
+    trainer.start_phase("train", [Row(str(n), "") for n in range(12)], reference)
+    return trainer
+
+
+def samples(folder):
+    return read_lines(folder / "samples.jsonl")

@@ -1,0 +1,248 @@
+"""The recipe: what is written comes back, what is wrong is named with its cure."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanolmmr1 import config
+from nanolmmr1.config import ALGORITHMS, Objective, Phase, Recipe, UserError, load
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GIVEN = ["model=folder", "phases.train.data=rows.jsonl"]
+
+
+def single(*overrides):
+    return load("single", [*GIVEN, *overrides])
+
+
+def recipe_file(folder, tree):
+    path = folder / "mine.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in config.RECIPES.glob("*.yaml")))
+def test_every_recipe_loads_and_comes_back_from_its_dump(name, tmp_path):
+    cfg = load(name, GIVEN if name == "single" else [])
+    assert cfg.name == name and cfg.output == f"runs/{name}" and cfg.phases
+    again = load(recipe_file(tmp_path, config.dump(cfg)))
+    assert again == dataclasses.replace(cfg, defaults=again.defaults)
+    assert config.dump(again) == config.dump(cfg)
+
+
+@pytest.mark.parametrize("override, where, value", [
+    ("phases.train.lr=1e-6", "phases.train.lr", 1e-6),
+    ("phases.train.lr=3", "phases.train.lr", 3.0),
+    ("phases.train.steps=7", "phases.train.steps", 7),
+    ("phases.train.captions=true", "phases.train.captions", True),
+    ("phases.train.freeze=[vision, embedding]", "phases.train.freeze", ["vision", "embedding"]),
+    ("phases.train.data=[a.jsonl, b@train]", "phases.train.data", ["a.jsonl", "b@train"]),
+    ("phases.train.data=a=b/c d.jsonl", "phases.train.data", "a=b/c d.jsonl"),
+    ("phases.train.data=owner/name@train", "phases.train.data", "owner/name@train"),
+    ("phases.train.objective.algorithm=dapo", "phases.train.objective.algorithm", "dapo"),
+    ("output=7", "output", "7"),
+    ("prompt.system=", "prompt.system", ""),
+    ("phases.train.freeze=", "phases.train.freeze", []),
+    ("prompt.columns=", "prompt.columns", {}),
+    ("output=/a/b-c.d", "output", "/a/b-c.d"),
+    ("prompt.caption_template=Caption: {caption}", "prompt.caption_template", "Caption: {caption}"),
+    ("prompt.system=think: then answer", "prompt.system", "think: then answer"),
+    ("prompt.columns={problem: question}", "prompt.columns", {"problem": "question"}),
+    ('reward.functions={"a.py:f": 0.5}', "reward.functions", {"a.py:f": 0.5}),
+    ("reward.format=<a>.*</a>", "reward.format", "<a>.*</a>"),
+    ("optim.betas=[0, 0.5]", "optim.betas", [0.0, 0.5]),
+    ("evaluate.tasks.mine.data=x.jsonl", "evaluate.tasks", {"mine": {"data": "x.jsonl"}}),
+    ("phases.train.objective.tis_cap=0", "phases.train.objective.tis_cap", 0.0),
+])
+def test_overrides_are_read_as_what_they_are(override, where, value):
+    found = single(override)
+    for key in where.split("."):
+        found = found[key] if isinstance(found, dict) else getattr(found, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_override_wins_and_leaves_its_neighbours_alone():
+    cfg = single("phases.train.lr=1e-3", "phases.train.lr=1e-4", "phases.train.objective.kl_coef=0.1")
+    assert (cfg.phases["train"].lr, cfg.phases["train"].objective.kl_coef) == (1e-4, 0.1)
+    assert cfg.phases["train"].objective.kl_estimator == "k3" and cfg.phases["train"].steps == Phase().steps
+
+
+def test_phases_start_from_the_defaults_section_by_section(tmp_path):
+    path = recipe_file(tmp_path, {
+        "model": "m",
+        "defaults": {"data": "d", "steps": 5, "freeze": ["vision"], "objective": {"kl_coef": 0.1, "algorithm": "rloo"}},
+        "phases": {"one": None, "two": {"steps": 6, "freeze": [], "objective": {"kl_coef": 0.2}}},
+    })
+    one, two = load(path, ["defaults.steps=4", "phases.two.lr=1"]).phases.values()
+    assert (one.steps, one.freeze, one.objective.kl_coef, one.objective.algorithm) == (4, ["vision"], 0.1, "rloo")
+    assert (two.steps, two.freeze, two.objective.kl_coef, two.objective.algorithm) == (6, [], 0.2, "rloo")
+    assert (one.lr, two.lr) == (Phase().lr, 1.0)
+
+
+def test_phases_keep_the_order_of_the_file(tmp_path):
+    cfg = load(recipe_file(tmp_path, {"model": "m", "defaults": {"data": "d"}, "phases": {"z": {}, "a": {}, "m": {}}}))
+    assert list(cfg.phases) == ["z", "a", "m"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_fills_what_the_recipe_leaves_open(algorithm):
+    objective = single(f"phases.train.objective.algorithm={algorithm}").phases["train"].objective
+    assert None not in vars(objective).values()
+    for key, value in ALGORITHMS[algorithm].items():
+        assert getattr(objective, key) == value
+    own = single(f"phases.train.objective.algorithm={algorithm}", "phases.train.objective.clip_ratio_high=0.5",
+                 "phases.train.objective.loss_avg_mode=sequence").phases["train"].objective
+    assert (own.clip_ratio_high, own.loss_avg_mode) == (0.5, "sequence")
+
+
+def test_algorithms_differ_in_what_their_papers_changed():
+    objectives = {name: single(f"phases.train.objective.algorithm={name}").phases["train"].objective
+                  for name in ALGORITHMS}
+    assert objectives["grpo"] == Objective(
+        adv_estimator="grpo", loss_type="ppo", loss_avg_mode="sequence", clip_ratio_low=0.2, clip_ratio_high=0.2,
+        clip_ratio_dual=0.0, overlong_buffer=0, tis_cap=0.0)
+    assert objectives["dr_grpo"].adv_estimator == "dr_grpo" and objectives["dr_grpo"].loss_avg_mode == "constant"
+    assert objectives["dapo"].clip_ratio_high > objectives["dapo"].clip_ratio_low and objectives["dapo"].overlong_buffer
+    assert objectives["gspo"].loss_type == "gspo" and objectives["cispo"].loss_type == "cispo"
+
+
+def test_evaluation_is_as_long_as_the_longest_phase_unless_told(tmp_path):
+    path = recipe_file(tmp_path, {"model": "m", "defaults": {"data": "d"}, "phases": {
+        "a": {"max_response_tokens": 10, "max_prompt_tokens": 50}, "b": {"max_response_tokens": 20}}})
+    assert load(path).evaluate.max_response_tokens == 20
+    assert load(path).evaluate.max_prompt_tokens == Phase().max_prompt_tokens
+    assert load(path, ["evaluate.max_response_tokens=5"]).evaluate.max_response_tokens == 5
+
+
+WRONG = {  # override -> words of the message
+    "model=": "model is empty",
+    "phases.train.data=": "phases.train.data is empty",
+    "phases.train.learning_rat=1": "unknown key phases.train.learning_rat: did you mean phases.train.",
+    "phases.train.group_sise=1": "did you mean phases.train.group_size?",
+    "rollout.engin=local": "did you mean rollout.engine?",
+    "optim.lr=1": "unknown key optim.lr",
+    "seeed=1": "did you mean seed?",
+    "phases.test.steps=1": "no phase 'test'; it has train",
+    "phases.train=5": "phases.train must be a mapping",
+    "phases=[a, b]": "phases must be a mapping",
+    "phases={}": "give at least one",
+    "phases={start: {data: d}}": "none called start",
+    "seed.x=1": "seed={'x': 1}: int is needed",
+    "seed.x.y=1": "seed={'x': {'y': 1}}",
+    "optim=5": "optim must be a mapping",
+    "no_equals_sign": "write dotted.key=value",
+    "=5": "write dotted.key=value",
+    "prompt.columns={a": "the value of prompt.columns is not readable YAML",
+    "phases.train.steps=two": "phases.train.steps='two': int is needed",
+    "phases.train.steps=2.5": "phases.train.steps=2.5: int is needed",
+    "phases.train.steps=true": "phases.train.steps=True: int is needed",
+    "phases.train.steps=0": "phases.train.steps=0: a number above 0",
+    "phases.train.group_size=-4": "phases.train.group_size=-4: a number above 0",
+    "phases.train.group_size=1": "grpo compares responses; use 2 or more",
+    "phases.train.lr=fast": "phases.train.lr='fast': a number is needed",
+    "phases.train.lr=-1e-6": "a number of 0 or more",
+    "phases.train.lr=.nan": "phases.train.lr=nan",
+    "phases.train.lr=.inf": "phases.train.lr=inf",
+    "phases.train.temperature=0": "phases.train.temperature=0.0: a number above 0",
+    "phases.train.top_p=1.5": "phases.train.top_p=1.5: at most 1",
+    "phases.train.captions=1": "phases.train.captions=1: bool is needed",
+    "phases.train.data={a: b}": "str or list is needed",
+    "phases.train.freeze=vision": "phases.train.freeze='vision': list is needed",
+    "phases.train.freeze=[[vision]]": "phases.train.freeze[0]=['vision']: str is needed",
+    "phases.train.reference=never": "one of 'phase', 'start'",
+    "phases.train.updates_per_rollout=65": "exceeds prompts_per_step=64",
+    "phases.train.objective.algorithm=ppo": "phases.train.objective.algorithm='ppo': one of 'grpo'",
+    "phases.train.objective.kl_place=reward": "KL in the reward is k1",
+    "phases.train.objective.clip_ratio_dual=0.5": "more than 1, or 0",
+    "phases.train.objective.entropy_coef=.nan": "entropy_coef=nan",
+    "optim.betas=[0.9]": "two numbers in [0, 1)",
+    "optim.betas=[0.9, 1.0]": "two numbers in [0, 1)",
+    "optim.betas=[0.9, high]": "optim.betas[1]='high': a number",
+    "optim.schedule=linear": "one of 'constant', 'cosine'",
+    "rollout.engine=sglang": "one of 'local'",
+    "resume=yes": "resume=True: str is needed",
+    "device=tpu": "one of 'auto', 'cpu', 'cuda'",
+    "world=moon": "one of '', 'desk'",
+    "prompt.min_pixels=2000000": "prompt.min_pixels=2000000 exceeds prompt.max_pixels",
+    "reward.timeout_s=0": "reward.timeout_s=0.0",
+    "checkpoint.keep=0": "checkpoint.keep=0",
+    "evaluate.tasks.t=rows.jsonl": "evaluate.tasks.t='rows.jsonl': give {data: FILE",
+    "evaluate.tasks.t.captions=true": "give {data: FILE",
+    "evaluate.tasks.t={data: 5}": "give {data: FILE",
+    "evaluate.tasks.t={data: d, captions: some}": "give {data: FILE",
+    "evaluate.tasks.t={data: d, limit: 5}": "give {data: FILE",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_is_named_with_what_is_wanted(override):
+    with pytest.raises(UserError) as error:
+        single(override)
+    assert WRONG[override] in str(error.value)
+
+
+def test_truncated_sampling_and_importance_weights_exclude_each_other():
+    assert single("phases.train.top_p=0.9").phases["train"].objective.tis_cap == 0
+    with pytest.raises(UserError, match="top_p=0.9, top_k=0 make importance weights"):
+        single("phases.train.top_p=0.9", "phases.train.objective.tis_cap=2")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("phases: {train: [}", "is not readable YAML"), ("- a\n- b\n", "holds list, not a mapping"), ("", "holds NoneType"),
+    ("model: m\nphases: [a]\n", "phases must be a mapping"),
+    ("model: m\nphases: {a: [1]}\n", "phases.a must be a mapping"),
+    ("model: m\ndefaults: 3\nphases: {a: {}}\n", "defaults must be a mapping"), ("1: 2\n", "unknown key 1"),
+    ("model: m\n", "give at least one"), ("\x00", "is not readable YAML"),
+])
+def test_a_wrong_file_is_named(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        load(recipe_file(tmp_path, text))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["model: m\nphases: [a]\n", "model: m\nphases: hello\n", "model: m\nphases:\n"])
+def test_an_override_of_a_phase_that_is_not_there_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="phases"):
+        load(recipe_file(tmp_path, text), ["phases.train.steps=1"])
+
+
+def test_a_recipe_that_does_not_exist_names_those_that_do():
+    with pytest.raises(UserError, match="no recipe 'dekc': give one of .*desk.*single"):
+        load("dekc")
+    with pytest.raises(UserError, match="no recipe 'gone.yaml'"):
+        load("gone.yaml")
+
+
+def leaves(value, prefix=""):
+    for f in dataclasses.fields(value):
+        inner = getattr(value, f.name)
+        if dataclasses.is_dataclass(inner):
+            yield from leaves(inner, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, inner
+
+
+def test_known_keys_are_all_fields_with_their_defaults_and_a_word_of_help():
+    expected = {key: value for key, value in leaves(Recipe()) if not key.startswith(("defaults.", "phases"))}
+    expected |= {f"phases.<name>.{key}": value for key, value in leaves(Phase())}
+    known = config.known_keys()
+    assert {key: default for key, default, _ in known} == expected and len(known) == len(expected)
+    assert all(text for _, _, text in known)
+
+
+def test_every_known_key_can_be_set_to_its_default():
+    changed = [f"{key.replace('<name>', 'train')}={json.dumps(default)}" for key, default, _ in config.known_keys()]
+    defaults = [override for override in changed if not override.startswith(("model=", "phases.train.data="))]
+    assert single(*defaults) == single()
+
+
+def test_reading_a_recipe_needs_neither_torch_nor_transformers():
+    code = ("import sys; from nanolmmr1 import config; config.load('desk'); "
+            "print({'torch', 'transformers'} & set(sys.modules))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

@@ -1,0 +1,41 @@
+"""Held-out accuracy: greedy answers to every row, each task's share of right ones."""
+
+from small import BANNED, STOP, SmallJudge, SmallProcessor, small_model, small_recipe
+
+from nanolmmr1.data import Row
+from nanolmmr1.evaluate import evaluate
+from nanolmmr1.metrics import Display
+from nanolmmr1.policy import Policy
+from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.rollout.local import LocalSampler
+
+ROWS = [Row(str(n), "") for n in range(12)]
+
+
+def accuracy(tasks, rule, max_tokens=6):
+    sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
+    return evaluate(tasks, sampler, SmallProcessor(), SmallJudge(rule), max_tokens, Display({}, quiet=True))
+
+
+def test_accuracy_is_the_share_of_greedy_answers_that_are_right():
+    sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
+    params = SamplingParams(1, 6, temperature=0.0, stop_ids=(STOP,), banned_ids=BANNED)
+    groups = sampler.generate([SmallProcessor().prepare(row, False) for row in ROWS], params, [(n,) for n in range(12)])
+    answers = {int(g.prompt.row.problem): g.responses[0].ids.tolist() for g in groups}
+
+    def right(ids, row):  # half of the rows are out of luck
+        return ids == answers[row] and row % 2
+
+    assert accuracy({"all": (ROWS, False), "odd": (ROWS[1::2], True)}, right) == {"all": 0.5, "odd": 1.0}
+
+
+def test_rows_are_all_asked_however_many_there_are():
+    asked = []
+    accuracy({"many": (ROWS * 30, False)}, lambda ids, row: asked.append(row) or 0.0, max_tokens=1)
+    assert asked == 30 * list(range(12))
+
+
+def test_answers_are_no_longer_than_asked():
+    lengths = []
+    accuracy({"all": (ROWS, False)}, lambda ids, row: lengths.append(len(ids)) or 0.0, max_tokens=3)
+    assert max(lengths) == 3

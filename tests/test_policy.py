@@ -1,0 +1,136 @@
+"""What learns, at which rate, and that a step without finite numbers leaves no trace."""
+
+import math
+
+import pytest
+import torch
+from small import small_model, small_recipe, small_trainer
+
+from nanolmmr1.config import Optim, Phase, UserError
+from nanolmmr1.policy import Policy, learning_rate
+
+
+def started(**phase):
+    cfg = small_recipe(phase=phase, optim={"weight_decay": 0.1})
+    policy = Policy(small_model(), cfg)
+    policy.start_phase(cfg.phases["train"])
+    return policy
+
+
+def everything(policy):
+    return {**dict(policy.model.named_parameters()), **policy.optimizer_tensors()}
+
+
+def give_gradients(policy, value):
+    """The same gradient everywhere; 0.0 keeps the moments moving without a direction."""
+    for p in policy.trained.values():
+        p.grad = torch.full_like(p, value)
+
+
+@pytest.mark.parametrize("freeze, frozen", [
+    ([], ()),
+    (["vision"], ("visual.",)),
+    (["merger"], ("visual.merger.",)),
+    (["language"], ("model.",)),
+    (["embedding"], ("model.embed_tokens.",)),
+    (["vision", "embedding"], ("visual.", "model.embed_tokens.")),
+    (["model.layers.0.", "visual.patch_embed"], ("model.layers.0.", "visual.patch_embed.")),
+])
+def test_frozen_parts_get_neither_gradient_nor_update(freeze, frozen):
+    policy = started(freeze=freeze)
+    expected = {name for name, _ in policy.model.named_parameters() if not name.startswith(frozen)}
+    assert set(policy.trained) == expected == {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    give_gradients(policy, 0.01)
+    policy.apply(1e-2, 0.0)
+    changed = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == expected
+
+
+def test_a_phase_thaws_what_the_one_before_froze():
+    policy = started(freeze=["vision"])
+    policy.start_phase(Phase())
+    assert set(policy.trained) == {name for name, _ in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("freeze, words", [(["eyes"], "'eyes'"), (["vision", "language"], "nothing to train")])
+def test_a_freeze_that_fits_nothing_or_leaves_nothing_is_refused(freeze, words):
+    with pytest.raises(UserError, match=words):
+        started(freeze=freeze)
+
+
+def test_only_matrices_decay():
+    policy = started()
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    give_gradients(policy, 0.0)
+    policy.apply(0.5, 0.0)
+    for name, p in policy.model.named_parameters():
+        assert torch.allclose(p, before[name] * (1 - 0.5 * 0.1 if p.ndim > 1 else 1), atol=1e-7), name
+
+
+@pytest.mark.parametrize("optim, rates", [
+    (Optim(), [2.0] * 6),
+    (Optim(warmup_steps=4), [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]),
+    (Optim(schedule="cosine", min_lr_ratio=0.0), [1 + math.cos(math.pi * t / 6) for t in range(6)]),
+    (Optim(schedule="cosine", warmup_steps=2, min_lr_ratio=0.5), [1.0, 2.0, 2.0, 1.5 + math.sqrt(0.125), 1.5,
+                                                                  1.5 - math.sqrt(0.125)]),
+    (Optim(schedule="cosine", warmup_steps=9), [2 * (t + 1) / 9 for t in range(6)]),
+])
+def test_learning_rates_follow_the_schedule(optim, rates):
+    phase = Phase(lr=2.0, steps=6)
+    assert [learning_rate(phase, optim, step) for step in range(6)] == pytest.approx(rates)
+
+
+def test_the_rate_given_is_the_rate_used():
+    policy = started()
+    norm = policy.model.model.norm.weight  # not decayed; the first step of AdamW is the rate times the gradient's sign
+    give_gradients(policy, 1e-3)
+    policy.apply(0.25, 0.0)
+    assert torch.allclose(norm, torch.ones_like(norm) - 0.25, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradient, loss", [(math.nan, 0.0), (math.inf, 0.0), (0.01, math.nan), (0.01, math.inf)])
+def test_a_non_finite_loss_or_gradient_leaves_weights_and_moments_as_they_are(gradient, loss):
+    policy = started()
+    give_gradients(policy, 0.01)
+    policy.apply(1e-2, 0.0)
+    before = {name: t.clone() for name, t in everything(policy).items()}
+    give_gradients(policy, 0.01)
+    policy.model.model.norm.weight.grad[3] = gradient
+    norm, updated = policy.apply(1e-2, loss)
+    assert not updated
+    assert math.isfinite(norm) == math.isfinite(gradient)
+    after = everything(policy)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for_and_reported_as_they_were():
+    """With a large eps, AdamW's first update is proportional to the gradient."""
+    moved = []
+    for max_norm in (1e9, 0.5):
+        cfg = small_recipe(optim={"eps": 1e6, "max_grad_norm": max_norm})
+        policy = Policy(small_model(), cfg)
+        policy.start_phase(cfg.phases["train"])
+        norm_weight = policy.model.model.norm.weight.detach()
+        before = norm_weight.clone()
+        give_gradients(policy, 2.0)
+        norm, _ = policy.apply(1e6, 0.0)
+        moved.append(float((norm_weight - before).norm()))
+        assert norm == pytest.approx(2.0 * math.sqrt(sum(p.numel() for p in policy.model.parameters())), rel=1e-4)
+    assert moved[1] / moved[0] == pytest.approx(0.5 / norm, rel=1e-3)
+
+
+def test_an_optimizer_given_its_tensors_back_goes_on_as_if_never_stopped(tmp_path):
+    whole, broken = small_trainer(tmp_path / "whole"), small_trainer(tmp_path / "broken")
+    for trainer in (whole, broken):
+        trainer.step()
+    tensors = {name: t.clone() for name, t in broken.policy.optimizer_tensors().items()}
+    assert len(tensors) == 3 * len([n for n in broken.policy.trained if not n.startswith("visual.")])
+    broken.policy.start_phase(broken.phase)
+    assert not broken.policy.optimizer.state
+    broken.policy.load_optimizer_tensors(tensors)
+    for trainer in (whole, broken):
+        trainer.step()
+    pairs = zip(whole.policy.model.parameters(), broken.policy.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
