@@ -280,6 +280,8 @@ def print_help():
 
 
 if __name__ == "__main__":
+    # Idle OpenMP threads sleep. Spinning, they starve each other tenfold as soon as another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -130,8 +130,8 @@ def test_spans_split_into_many_batches_give_the_same(monkeypatch, elements):
 
 
 def test_like_spans_share_a_batch_and_unlike_ones_do_not_pad_each_other():
-    spans = Spans(chain([64] * 20 + [2000], 1), 64 * 20 + 2000)
-    assert [batch.shape for batch in spans.batches] == [(20, 64, 64), (1, 2000, 2000)]
+    spans = Spans(chain([8] * 20 + [400], 1), 8 * 20 + 400)
+    assert [batch.shape for batch in spans.batches] == [(20, 8, 8), (1, 400, 400)]
 
 
 def test_the_order_of_spans_changes_nothing():

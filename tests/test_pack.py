@@ -140,6 +140,20 @@ def test_a_prompt_above_the_budget_still_trains_one_response_at_a_time():
     assert all(len(pack.spans.table) == 2 for pack in packs)
 
 
+def test_a_budget_may_be_used_to_the_last_token():
+    groups = [Group(text_prompt(10, 11, 12), responses(2, 2)), Group(text_prompt(10, 11), responses(4, first=104))]
+    packs, split = pack_groups(groups, 10)  # 3 + 1 + 1 and 2 + 3
+    assert (len(packs), packs[0].num_tokens, split) == (1, 10, 0)
+    assert [len(pack_groups(groups, budget)[0]) for budget in (9, 5)] == [2, 2]
+    assert pack_groups(groups[:1], 5)[1] == 0 and pack_groups(groups[:1], 4)[1] == 1
+
+
+def test_short_groups_fill_what_long_ones_leave():
+    groups = [Group(text_prompt(*range(size)), responses(1, first=100 + i)) for i, size in enumerate((4, 6, 4, 6))]
+    packs, _ = pack_groups(groups, 10)
+    assert [pack.num_tokens for pack in packs] == [10, 10]
+
+
 def test_no_group_gives_no_pack():
     assert pack_groups([], 100) == ([], 0)
 

@@ -49,10 +49,10 @@ def finish(process):
     return out
 
 
-def kill_when(process, path):
-    """SIGKILL the process group as soon as the path exists."""
-    deadline = time.monotonic() + 120
-    while not path.exists():
+def kill_after(process, out, step):
+    """SIGKILL the process group once the step has its checkpoint, and the next one is in both logs but hardly saved."""
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoints" / f"step_{step}").exists() or len(read_lines(out / "samples.jsonl")) <= step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
@@ -170,6 +170,10 @@ def test_a_finished_run_can_be_made_longer(single, run_here, tmp_path, monkeypat
     assert json.loads((home / "out" / "summary.json").read_text())["steps"] == 3
     assert [r["step"] for r in read_lines(home / "out" / "metrics.jsonl")] == [1, 2, 3]
 
+    shutil.copy(out / "summary.json", home / "out" / "summary.json")  # as if killed just before its second export
+    assert "is finished" not in run_here(*args, "phases.train.steps=3")[1]
+    assert json.loads((home / "out" / "summary.json").read_text())["steps"] == 3
+
 
 @pytest.fixture(scope="module")
 def three_phases(shared, tiny, tmp_path_factory):
@@ -191,8 +195,9 @@ def three_phases(shared, tiny, tmp_path_factory):
         "defaults": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "max_prompt_tokens": 130,
                      "max_response_tokens": 5, "lr": 1e-3},
         "phases": {
-            "text": {"data": text, "freeze": ["vision"]},
-            "captions": {"data": vision, "captions": True, "max_prompt_tokens": 300, "objective": {"kl_coef": 0.1}},
+            "text": {"data": text, "freeze": ["vision", "embedding"]},
+            "captions": {"data": vision, "captions": True, "freeze": ["embedding"], "max_prompt_tokens": 300,
+                         "objective": {"kl_coef": 0.1}},
             "images": {"data": vision, "max_prompt_tokens": 250, "updates_per_rollout": 2},
         },
     }
@@ -231,8 +236,8 @@ def test_a_run_killed_twice_ends_as_the_uninterrupted_one(three_phases):
     recipe, whole, _ = three_phases
     out = whole.with_name("killed")
     args = [str(recipe), f"output={out}"]
-    kill_when(start(args), out / "checkpoints" / "step_1")  # inside the first phase
-    kill_when(start(args), out / "checkpoints" / "step_3")  # inside the second, which keeps a KL reference
+    kill_after(start(args), out, 1)  # inside the first phase
+    kill_after(start(args), out, 3)  # inside the second, which keeps a KL reference
     finish(start(args))
 
     files = sorted(path.name for path in (whole / "model").iterdir())

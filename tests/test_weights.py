@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -112,9 +113,9 @@ def test_large_models_are_sharded_and_both_read_them(tied, tmp_path, monkeypatch
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 3
     assert sorted(index["weight_map"]) == sorted(name for name, _ in model.named_parameters())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-    for name in files:  # within the limit, unless one tensor alone is above it
-        sizes = [tensor.nbytes for tensor in load_file(sharded / name).values()]
-        assert sum(sizes) <= 200_000 or len(sizes) == 1
+    sizes = [[tensor.nbytes for tensor in load_file(sharded / name).values()] for name in files]
+    assert all(sum(shard) <= 200_000 or len(shard) == 1 for shard in sizes)
+    assert all(sum(shard) + max(after) > 200_000 for shard, after in pairwise(sizes))  # none ends early
     assert same(weights.load(sharded), model)
     theirs, info = from_transformers(sharded, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
