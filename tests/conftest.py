@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads crawl when another program wants the core
+
 import pytest
 import torch
 import torch.distributed as dist
