@@ -39,7 +39,7 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as a 
 VOCABULARY = 512
 LR = 2e-3
 SKILL_STEPS, HABIT_STEPS, BATCH = 205, 60, 96
-MIXTURE = {"text": 0.45, "captioned": 0.05, "image": 0.5}  # shares of a batch
+MIXTURE = {"text": 0.55, "captioned": 0.05, "image": 0.4}  # shares of a batch
 WORKED = {"text": 0.3, "captioned": 0.2, "image": 0.2}  # the habit: how often an answer is worked out, not guessed
 
 CHAT_TEMPLATE = (
