@@ -21,16 +21,8 @@ uses -expm1(logp), since p - 1 cancels when p is near 1.
 
 import torch
 
-from .linear_logprob import (
-    blocks,
-    check_head,
-    chunks,
-    linear_logprob,
-    linear_logprob_ref,
-    scores,
-    softmax_stats,
-    stats_dtype,
-)
+from ._head import blocks, check_head, chunks, scores, softmax_stats, stats_dtype
+from .linear_logprob import linear_logprob, linear_logprob_ref
 
 
 def linear_loss_ref(hidden, weight, target, objective, temperature=1.0, banned=()):

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels run as Python on CPU tensors
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -21,6 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "acceptance: a promise about speed or memory; takes about a minute")
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where Triton kernels run: compiled on a GPU, interpreted on a CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanolmmr1.kernels import _sdpa
 from nanolmmr1.kernels import attention as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -120,10 +121,10 @@ def test_spans_split_into_many_batches_give_the_same(monkeypatch, elements):
     tokens, table = TABLES["pack of groups"]
     table, tensors = torch.tensor(table), qkv(tokens, 4, 2)
     gold = run(lambda q, k, v: dense(q, k, v, Spans(table, tokens), 0.25), tensors)
-    monkeypatch.setattr(kernel, "MASK_ELEMENTS", elements)
+    monkeypatch.setattr(_sdpa, "MASK_ELEMENTS", elements)
     spans = Spans(table, tokens)
     assert error(run(lambda q, k, v: attention(q, k, v, spans), tensors), gold) <= 1e-12
-    sizes = [batch.shape for batch in spans.batches]
+    sizes = [batch.shape for batch in spans.plan(_sdpa.padded_batches)]
     assert sum(count for count, _, _ in sizes) == 8  # of 9 spans one is empty
     assert all(count == 1 or count * queries * keys <= elements for count, queries, keys in sizes)
     assert len(sizes) == 8 if elements == 1 else 1 < len(sizes) < 8
@@ -131,7 +132,7 @@ def test_spans_split_into_many_batches_give_the_same(monkeypatch, elements):
 
 def test_like_spans_share_a_batch_and_unlike_ones_do_not_pad_each_other():
     spans = Spans(chain([8] * 20 + [400], 1), 8 * 20 + 400)
-    assert [batch.shape for batch in spans.batches] == [(20, 8, 8), (1, 400, 400)]
+    assert [batch.shape for batch in spans.plan(_sdpa.padded_batches)] == [(20, 8, 8), (1, 400, 400)]
 
 
 def test_the_order_of_spans_changes_nothing():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanolmmr1.kernels import _head
 from nanolmmr1.kernels import linear_logprob as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -91,9 +92,9 @@ def test_inputs_are_left_as_they_were(head_inputs):
 
 @pytest.mark.parametrize(("elements", "sizes"), [(101 * 40, [30, 30, 30]), (101 * 89, [45, 45]), (0, [15] * 6)])
 def test_automatic_chunks_fit_their_buffer_and_are_even(head_inputs, monkeypatch, elements, sizes):
-    monkeypatch.setitem(kernel.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(_head.CHUNK_ELEMENTS, "cpu", elements)
     x, w, _ = head_inputs(90)
-    parts = kernel.chunks(x, w, 0)
+    parts = _head.chunks(x, w, 0)
     assert [part.stop - part.start for part in parts] == sizes
     assert torch.equal(torch.cat([torch.arange(90)[part] for part in parts]), torch.arange(90))
 

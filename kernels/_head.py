@@ -1,0 +1,90 @@
+"""What both head ops share: input checks, cutting tokens into chunks, and a chunk's softmax statistics in torch.
+
+Rows are shifted by their maximum before exp. Statistics are fp32 (fp64 for fp64 inputs): rounding
+logits to bf16 first would cost up to 0.1 nat.
+
+Next: linear_logprob.py, linear_loss.py.
+"""
+
+import math
+
+import torch
+from torch.distributed.tensor import DTensor
+
+CHUNK_ELEMENTS = {"cpu": 32_000_000, "cuda": 320_000_000}  # of the (C, V) buffer
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the rows whose exp is held at a time
+
+
+def check_head(hidden, weight, target, temperature, banned):
+    """Refuse what would compute garbage.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, a sharded weight, a target out of range or banned, temperature <= 0.
+    """
+    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
+        raise ValueError("the head's weight is sharded (DTensor): gather it first, as in weight.full_tensor()")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: want (N, H) and (V, H)")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one of them")
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target {tuple(target.shape)} {target.dtype}: want ({len(hidden)},) int64")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
+        raise ValueError(
+            f"targets run from {int(target.min())} to {int(target.max())}, the vocabulary has {len(weight)} rows"
+        )
+    if banned and torch.isin(target, torch.tensor(banned, device=target.device)).any():
+        raise ValueError(f"a target is one of the banned tokens {tuple(banned)}: it has no log-probability")
+
+
+def stats_dtype(hidden):
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def chunks(hidden, weight, chunk_tokens):
+    """Slices of the token axis, each small enough for its (C, V) buffer."""
+    return _cut(len(hidden), chunk_tokens or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 0) // len(weight)))
+
+
+def blocks(z):
+    """(slice, those rows of a chunk, scratch of their shape), a few rows at a time.
+
+    One scratch serves all, since the heap would grow by one a block if each were made anew.
+    """
+    parts = _cut(len(z), max(1, BLOCK_ELEMENTS.get(z.device.type, 0) // z.shape[1]))
+    scratch = torch.empty_like(z[parts[0]])  # (B, V)
+    for rows in parts:
+        yield rows, z[rows], scratch[: rows.stop - rows.start]
+
+
+def _cut(count, size):
+    """Slices of range(count), as few as can be at no more than `size` each, and then even."""
+    size = math.ceil(count / math.ceil(count / size)) if count else 1
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def scores(hidden, weight):
+    """Logits (C, V) before temperature, in the statistics' dtype."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T
+    if hidden.device.type == "cuda":  # keep the matmul's fp32 accumulator
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
+def softmax_stats(z, target, temperature, banned):
+    """Log-prob, entropy and log-sum-exp (C,) of a chunk's logits z, which become z / temperature - max in place."""
+    logp, entropy, lse = z.new_empty(3, len(z))  # (C,) each
+    for rows, block, e in blocks(z):
+        block.div_(temperature)
+        if banned:  # finite, so that 0 * z stays 0 in the entropy
+            block.index_fill_(1, torch.tensor(banned, device=z.device), -1e9)
+        top, place = block.max(1, keepdim=True)  # (B, 1) twice
+        torch.exp(block.sub_(top), out=e).scatter_(1, place, 0)
+        rest = e.sum(1)  # (B,), without the largest's 1, next to which a small sum would round away
+        lse[rows] = rest.log1p()
+        logp[rows] = block.gather(1, target[rows, None]).squeeze(1) - lse[rows]
+        entropy[rows] = lse[rows] - e.mul_(block).sum(1) / (1 + rest)  # the largest's z is 0 and adds nothing
+    return logp, entropy, lse
