@@ -11,7 +11,6 @@ import time
 
 import torch
 
-from nanolmmr1.config import Recipe
 from nanolmmr1.data import Row
 from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
 from nanolmmr1.pack import pack_groups
@@ -19,6 +18,7 @@ from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Prompt
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.schema import Recipe
 
 PROMPTS, GROUP, PROMPT_TOKENS, TOKENS, RUNS = 4, 8, 64, 64, 3
 

@@ -4,7 +4,7 @@ A recipe lists phases; a phase is data (where rows come from, how many steps, wh
 Every number has one home: the dataclass default here, the recipe file, or the command line, in
 rising order of authority. `defaults:` in a recipe is a phase-shaped mapping that each phase starts
 from. The resolved recipe, with every value spelt out, is written to `<output>/recipe.yaml` and
-loads back to itself.
+loads back to itself. The keys themselves are in schema.py.
 
 Next: train.py, which walks the phases.
 """
@@ -14,172 +14,17 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from nanolmmr1.schema import ALGORITHMS, CHOICES, GRPO, POSITIVE, Phase, Recipe
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 class UserError(ValueError):
     """Something wrong in recipe, data or model: the message names the value and the cure."""
-
-
-def opt(default, help):
-    """A dataclass field with a default and the line `--help` shows for it."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Objective:
-    """What is optimised. A value of None means: as `algorithm` says (see ALGORITHMS)."""
-
-    algorithm: str = opt("grpo", "grpo | dr_grpo | dapo | rloo | reinforce_pp_baseline | gspo | cispo")
-    adv_estimator: str | None = opt(None, "grpo | dr_grpo | rloo | reinforce_pp_baseline")
-    loss_type: str | None = opt(None, "ppo | gspo | cispo")
-    loss_avg_mode: str | None = opt(None, "token (global mean) | sequence (mean of means) | constant (fixed length)")
-    clip_ratio_low: float | None = opt(None, "ratio is clipped below at 1 - this")
-    clip_ratio_high: float | None = opt(None, "ratio is clipped above at 1 + this")
-    clip_ratio_dual: float | None = opt(None, "dual clip c > 1 for negative advantages; 0: off")
-    overlong_buffer: int | None = opt(None, "soft overlong penalty over the last so many tokens; 0: off")
-    overlong_penalty: float = opt(1.0, "largest soft overlong penalty")
-    kl_coef: float = opt(0.0, "beta; 0: no reference model is kept")
-    kl_estimator: str = opt("k3", "k1 | k2 | k3")
-    kl_place: str = opt("loss", "loss | reward (k1 only)")
-    kl_ratio: bool = opt(False, "multiply the KL term in the loss by the importance ratio")
-    entropy_coef: float = opt(0.0, "entropy bonus")
-    tis_cap: float | None = opt(None, "importance weights against another engine's sampler are capped here; 0: off")
-
-
-ALGORITHMS = {
-    "grpo": dict(),
-    "dr_grpo": dict(adv_estimator="dr_grpo", loss_avg_mode="constant"),
-    "dapo": dict(loss_avg_mode="token", clip_ratio_high=0.28, overlong_buffer=64),
-    "rloo": dict(adv_estimator="rloo", loss_avg_mode="token"),
-    "reinforce_pp_baseline": dict(adv_estimator="reinforce_pp_baseline", loss_avg_mode="token"),
-    "gspo": dict(loss_type="gspo", clip_ratio_low=3e-4, clip_ratio_high=4e-4),
-    "cispo": dict(loss_type="cispo", loss_avg_mode="token", clip_ratio_low=1.0, clip_ratio_high=0.28),
-}
-GRPO = dict(adv_estimator="grpo", loss_type="ppo", loss_avg_mode="sequence", clip_ratio_low=0.2,
-            clip_ratio_high=0.2, clip_ratio_dual=0.0, overlong_buffer=0)
-
-
-@dataclass
-class Phase:
-    """One stretch of training: its rows, its length, its objective."""
-
-    data: str | list[str] = opt("", "file, folder, hub id, `path@split`, or a list of them")
-    captions: bool = opt(False, "put each row's caption before its images")
-    steps: int = opt(100, "rollout batches to train on")
-    prompts_per_step: int = opt(64, "prompts per step")
-    group_size: int = opt(8, "responses per prompt (G)")
-    max_prompt_tokens: int = opt(2048, "longer prompts are dropped and counted, image tokens included")
-    max_response_tokens: int = opt(2048, "longer responses are cut and counted")
-    lr: float = opt(1e-6, "peak learning rate")
-    temperature: float = opt(1.0, "sampling temperature, also used when log-probs are computed")
-    top_p: float = opt(1.0, "nucleus; below 1 makes importance ratios biased")
-    top_k: int = opt(0, "0: off; above 0 makes importance ratios biased")
-    updates_per_rollout: int = opt(1, "optimiser steps on one rollout batch")
-    reference: str = opt("phase", "KL reference: phase (weights at the phase's start) | start (at the run's start)")
-    freeze: list[str] = opt([], "what is not trained: vision | merger | language | embedding | a tensor name prefix")
-    dynamic_sampling: bool = opt(False, "refill groups whose rewards are all equal (DAPO)")
-    max_refills: int = opt(3, "rounds of refilling; then the step trains on what it has")
-    objective: Objective = field(default_factory=Objective)
-
-
-@dataclass
-class Prompt:
-    system: str = opt("", "system prompt; empty: the model's own default")
-    template: str = opt("{problem}", "user turn; {problem} keeps its <image> markers")
-    caption_template: str = opt("Caption: {caption}\n", "put before each <image> when the phase shows captions")
-    columns: dict = opt({}, "our column -> the data's column, for problem, answer, images, caption")
-    min_pixels: int = opt(3136, "smaller pictures are enlarged to this")
-    max_pixels: int = opt(1003520, "larger pictures are reduced to this (784 pixels an image token)")
-
-
-@dataclass
-class Reward:
-    format: str = opt("think_answer", "think_answer | think_boxed | boxed | a regular expression for all responses")
-    format_weight: float = opt(0.5, "weight of the format reward (0 or 1)")
-    accuracy_weight: float = opt(1.0, "weight of the accuracy reward (0 or 1)")
-    functions: dict = opt({}, "user rewards: path/to/file.py:function -> weight")
-    workers: int = opt(2, "judging processes")
-    timeout_s: float = opt(10.0, "a judgement that takes longer is killed")
-
-
-@dataclass
-class Rollout:
-    engine: str = opt("local", "local")
-    max_sequences: int = opt(256, "responses decoded together")
-
-
-@dataclass
-class Optim:
-    betas: list[float] = opt([0.9, 0.95], "AdamW")
-    eps: float = opt(1e-8, "AdamW")
-    weight_decay: float = opt(0.0, "AdamW; on matrices only")
-    max_grad_norm: float = opt(1.0, "gradients are clipped to this global norm")
-    schedule: str = opt("constant", "constant | cosine (per phase)")
-    warmup_steps: int = opt(0, "linear warm-up at each phase's start, in steps")
-    min_lr_ratio: float = opt(0.1, "cosine ends at this share of lr")
-    max_bad_steps: int = opt(3, "non-finite steps in a row before the run stops")
-
-
-@dataclass
-class Pack:
-    tokens_per_micro_batch: int = opt(16384, "packed tokens a micro-batch; a larger group is split, and said so")
-    head_chunk_tokens: int = opt(0, "scored tokens per chunk of the LM head; 0: by device and vocabulary")
-    checkpoint_activations: bool = opt(False, "recompute each block in the backward pass")
-
-
-@dataclass
-class Checkpoint:
-    every_steps: int = opt(0, "0: only where a phase ends")
-    keep: int = opt(2, "newest checkpoints kept")
-
-
-@dataclass
-class Evaluate:
-    tasks: dict = opt({}, "name -> {data: ..., captions: false}; held-out rows, greedy answers")
-    limit: int = opt(0, "rows per task; 0: all")
-    max_response_tokens: int | None = opt(None, "none: the longest phase's")
-    max_prompt_tokens: int | None = opt(None, "none: the longest phase's")
-
-
-@dataclass
-class Recipe:
-    name: str = opt("", "run name; empty: the recipe's file name")
-    model: str = opt("", "hub id or folder of a Qwen2.5-VL")
-    output: str = opt("", "run folder; empty: runs/<name>")
-    seed: int = opt(0, "everything random derives from it")
-    resume: str = opt("auto", "auto (go on from the run folder's newest checkpoint) | never (refuse a used folder)")
-    world: str = opt("", "embedded world built into <output>/world first: desk; its files are named world:FILE")
-    device: str = opt("auto", "auto | cpu | cuda")
-    dtype: str = opt("auto", "compute: auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16")
-    prompt: Prompt = field(default_factory=Prompt)
-    reward: Reward = field(default_factory=Reward)
-    rollout: Rollout = field(default_factory=Rollout)
-    optim: Optim = field(default_factory=Optim)
-    pack: Pack = field(default_factory=Pack)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    defaults: Phase = field(default_factory=Phase)
-    phases: dict[str, Phase] = opt({}, "name -> phase, in order")
-
-
-CHOICES = {
-    "algorithm": tuple(ALGORITHMS), "adv_estimator": ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"),
-    "loss_type": ("ppo", "gspo", "cispo"), "loss_avg_mode": ("token", "sequence", "constant"),
-    "kl_estimator": ("k1", "k2", "k3"), "kl_place": ("loss", "reward"), "reference": ("phase", "start"),
-    "engine": ("local",), "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "never"), "world": ("", "desk"),
-}
-POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",
-            "updates_per_rollout", "min_pixels", "max_pixels", "workers", "timeout_s", "max_sequences", "eps",
-            "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps"}  # no number may be negative
 
 
 def load(recipe="desk", overrides=()):

@@ -3,7 +3,7 @@
 This is the only definition of the loss; every kernel and backend must agree with it. A pack's scored response tokens
 lie on one flat axis of N, and the loss of an optimiser step is `sum_t weight_t * l_t`. All averaging is in `weight`,
 whose denominator is counted once over the whole step, so any cut into micro-batches or ranks adds up to the same
-gradient. `objective` is always a resolved `config.Objective`.
+gradient. `objective` is always a resolved `schema.Objective`.
 
 Next: policy.py, which differentiates this.
 """

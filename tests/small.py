@@ -2,13 +2,14 @@
 
 import torch
 
-from nanolmmr1.config import Objective, Phase, Recipe, resolve
+from nanolmmr1.config import resolve
 from nanolmmr1.data import Row
 from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
 from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
 from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Prompt
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.schema import Objective, Phase, Recipe
 from nanolmmr1.trainer import Trainer
 
 VOCABULARY, STOP, BANNED = 48, 2, (0, 1)

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from nanolmmr1 import config
-from nanolmmr1.config import ALGORITHMS, Objective, Phase, Recipe, UserError, load
+from nanolmmr1.config import UserError, load
+from nanolmmr1.schema import ALGORITHMS, Objective, Phase, Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIVEN = ["model=folder", "phases.train.data=rows.jsonl"]

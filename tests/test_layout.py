@@ -78,7 +78,8 @@ def test_imports_run_one_way():
     ("name", "allowed"),
     [
         ("nanolmmr1", set()),
-        ("nanolmmr1.config", set()),
+        ("nanolmmr1.schema", set()),
+        ("nanolmmr1.config", {"nanolmmr1.schema"}),
         ("nanolmmr1.objective", set()),
         ("nanolmmr1.model", {"nanolmmr1.kernels.attention"}),
         ("nanolmmr1.pack", {"nanolmmr1.kernels.attention"}),

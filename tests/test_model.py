@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from nanolmmr1 import weights
-from nanolmmr1.config import Prompt as PromptConfig
 from nanolmmr1.data import Row
 from nanolmmr1.kernels import attention, linear_loss
 from nanolmmr1.pack import build, pack_groups
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import Group, Response
+from nanolmmr1.schema import Prompt as PromptConfig
 
 
 def picture(path, width, height, seed):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanolmmr1 import objective as ob
-from nanolmmr1.config import ALGORITHMS, Objective, Phase, Recipe, resolve
+from nanolmmr1.config import resolve
+from nanolmmr1.schema import ALGORITHMS, Objective, Phase, Recipe
 
 
 def recipe(algorithm="grpo", **keys):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small import small_model, small_recipe, small_trainer
 
-from nanolmmr1.config import Optim, Phase, UserError
+from nanolmmr1.config import UserError
 from nanolmmr1.policy import Policy, learning_rate
+from nanolmmr1.schema import Optim, Phase
 
 
 def started(**phase):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nanolmmr1.config import Reward, UserError
+from nanolmmr1.config import UserError
 from nanolmmr1.reward import Judge, RewardError, accuracy_reward, check_format, format_reward, last_boxed
+from nanolmmr1.schema import Reward
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -276,7 +277,7 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path, response):
         "    while response == 'loop':\n        pass\n    return 0\n")
     parent = subprocess.Popen([sys.executable, "-c", f"""
 import sys
-from nanolmmr1.config import Reward
+from nanolmmr1.schema import Reward
 from nanolmmr1.reward import Judge
 judge = Judge(Reward(workers=1, timeout_s=1.0, functions={{"{tmp_path}/rewards.py:f": 1.0}}))
 judge.score([({response!r}, {ROW!r})])

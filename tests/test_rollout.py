@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nanolmmr1 import config, weights
-from nanolmmr1.config import Prompt as PromptConfig
+from nanolmmr1 import schema, weights
 from nanolmmr1.data import Row
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import SamplingParams, response_uniforms
 from nanolmmr1.rollout.local import LocalSampler, draw
+from nanolmmr1.schema import Prompt as PromptConfig
 
 
 def picture(width, height, seed):
@@ -42,7 +42,7 @@ def policy(tiny, processor):
     model = weights.load(tiny)
     with torch.no_grad():
         model.model.norm.weight.mul_(12)
-    return Policy(model, config.Recipe(), processor.banned_ids)
+    return Policy(model, schema.Recipe(), processor.banned_ids)
 
 
 @pytest.fixture(scope="module")

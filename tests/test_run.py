@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nanolmmr1 import config, weights
+from nanolmmr1 import config, schema, weights
 from nanolmmr1.data import PromptSampler
 from nanolmmr1.metrics import read_lines
 from nanolmmr1.prompt import Processor
@@ -121,7 +121,7 @@ def test_the_model_a_run_leaves_is_a_whole_folder(single):
     model = weights.load(out / "model")
     trained = load_file(out / "checkpoints" / "step_2" / "model" / "model.safetensors")
     assert trained and all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
-    Processor(out / "model", config.Prompt())
+    Processor(out / "model", schema.Prompt())
 
 
 def test_the_recipe_that_a_run_leaves_repeats_it(single, monkeypatch):

@@ -15,7 +15,7 @@ import random
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanolmmr1 import config, weights
+from nanolmmr1 import config, schema, weights
 from nanolmmr1.data import load_rows
 from nanolmmr1.desk.tasks import guessed, worked
 from nanolmmr1.model import Qwen25VL
@@ -106,8 +106,8 @@ def _teach(model, folder, world, rows, seed, display):
         response = Response(torch.tensor(ids), torch.zeros(len(ids)), "stop")
         return Group(processor.prepare(loaded[name][index], kind == "captioned"), [response])
 
-    phase = config.Phase(lr=LR, steps=SKILL_STEPS + HABIT_STEPS)
-    optim = config.Optim(schedule="cosine", warmup_steps=10, min_lr_ratio=0.1)
+    phase = schema.Phase(lr=LR, steps=SKILL_STEPS + HABIT_STEPS)
+    optim = schema.Optim(schedule="cosine", warmup_steps=10, min_lr_ratio=0.1)
     policy.start_phase(phase)
     with display.busy("cold start", phase.steps) as advance:
         for step in range(phase.steps):
@@ -118,7 +118,7 @@ def _teach(model, folder, world, rows, seed, display):
 
 def _imitate(policy, groups):
     """Add the gradient of the mean log-prob of the groups' responses; returns the loss."""
-    objective = config.Objective(**config.GRPO, tis_cap=0.0)
+    objective = schema.Objective(**schema.GRPO, tis_cap=0.0)
     packs, _ = pack_groups(groups, policy.cfg.pack.tokens_per_micro_batch)
     count, loss = sum(pack.num_scored for pack in packs), 0.0
     for pack in packs:
