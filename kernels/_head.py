@@ -11,8 +11,28 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
-CHUNK_ELEMENTS = {"cpu": 32_000_000, "cuda": 320_000_000}  # of the (C, V) buffer
+from . import _triton
+
+IMPLS = "auto", "triton", "chunked", "reference"
+CHUNK_BYTES = {"cpu": 128_000_000, "cuda": 640_000_000}  # of the (C, V) buffer; thinner matmuls waste a GPU
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the rows whose exp is held at a time
+
+
+def choose_impl(impl, hidden, weight, target):
+    """What "auto" stands for: "triton" for CUDA tensors, unless they are fp64, else "chunked".
+
+    Raises:
+        ValueError: no such impl, or tensors that Triton kernels cannot read.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
+    if impl == "auto":
+        impl = "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "chunked"
+    if impl == "triton":
+        if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f'hidden is {hidden.dtype}: impl="triton" has bfloat16, float16, float32; use "chunked"')
+        _triton.check_device(hidden=hidden, weight=weight, target=target)
+    return impl
 
 
 def check_head(hidden, weight, target, temperature, banned):
@@ -43,9 +63,10 @@ def stats_dtype(hidden):
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def chunks(hidden, weight, chunk_tokens):
-    """Slices of the token axis, each small enough for its (C, V) buffer."""
-    return _cut(len(hidden), chunk_tokens or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 0) // len(weight)))
+def chunks(hidden, weight, chunk_tokens, dtype):
+    """Slices of the token axis, each small enough for its (C, V) buffer of `dtype`."""
+    fit = CHUNK_BYTES.get(hidden.device.type, 0) // (len(weight) * dtype.itemsize)
+    return _cut(len(hidden), chunk_tokens or max(16, fit))
 
 
 def blocks(z):
@@ -65,26 +86,31 @@ def _cut(count, size):
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def scores(hidden, weight):
-    """Logits (C, V) before temperature, in the statistics' dtype."""
-    if hidden.dtype in (torch.float32, torch.float64):
+def banned_ids(banned, device):
+    """The ids as a tensor for index_fill_, or None: made once a call, since each costs a copy to the device."""
+    return torch.tensor(banned, device=device) if banned else None
+
+
+def scores(hidden, weight, dtype):
+    """Logits (C, V) before temperature, in `dtype`."""
+    if hidden.dtype == dtype:
         return hidden @ weight.T
-    if hidden.device.type == "cuda":  # keep the matmul's fp32 accumulator
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+    if hidden.is_cuda:  # keep the matmul's fp32 accumulator
+        return torch.mm(hidden, weight.T, out_dtype=dtype)
+    return hidden.to(dtype) @ weight.to(dtype).T
 
 
 def softmax_stats(z, target, temperature, banned):
-    """Log-prob, entropy and log-sum-exp (C,) of a chunk's logits z, which become z / temperature - max in place."""
-    logp, entropy, lse = z.new_empty(3, len(z))  # (C,) each
+    """Log-probs, entropies and log-sum-exps (3, C) of logits z (C, V), which become z / temperature - max in place."""
+    logp, entropy, lse = stats = z.new_empty(3, len(z))  # (C,) each
     for rows, block, e in blocks(z):
         block.div_(temperature)
-        if banned:  # finite, so that 0 * z stays 0 in the entropy
-            block.index_fill_(1, torch.tensor(banned, device=z.device), -1e9)
+        if banned is not None:  # finite, so that 0 * z stays 0 in the entropy
+            block.index_fill_(1, banned, -1e9)
         top, place = block.max(1, keepdim=True)  # (B, 1) twice
         torch.exp(block.sub_(top), out=e).scatter_(1, place, 0)
         rest = e.sum(1)  # (B,), without the largest's 1, next to which a small sum would round away
         lse[rows] = rest.log1p()
         logp[rows] = block.gather(1, target[rows, None]).squeeze(1) - lse[rows]
         entropy[rows] = lse[rows] - e.mul_(block).sum(1) / (1 + rest)  # the largest's z is 0 and adds nothing
-    return logp, entropy, lse
+    return stats

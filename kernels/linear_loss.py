@@ -11,18 +11,89 @@ So the loss and both gradients cost three matmuls, and no (N, V) tensor exists. 
 called between the statistics and dz and knows nothing of logits: any loss of per-token
 log-probs and entropies works, and there is one definition of it (nanolmmr1/objective.py).
 
+`impl="triton"` makes statistics and dz with row kernels (_rows.py), dz in the logits' own memory. A
+`FusedObjective` says the same as the objective in numbers, and then one launch does statistics,
+objective and dz.
+
 An objective that couples tokens (GSPO's sequence ratio) needs every log-prob first:
 `two_pass=True` adds a forward-only pass, a fourth matmul.
 
 Saved for backward: dhidden and dweight, which backward scales by the upstream gradient. dweight is
 accumulated in fp32; a bf16 running sum would lose two digits over 64 chunks. The target column
-uses -expm1(logp), since p - 1 cancels when p is near 1.
+takes 1 - p from -expm1(logp) or from sums without the target, since p - 1 cancels when p is near 1.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ._head import blocks, check_head, chunks, scores, softmax_stats, stats_dtype
+from ._head import banned_ids, blocks, check_head, choose_impl, chunks, scores, softmax_stats, stats_dtype
+from ._rows import row_dlogits, row_objective, row_stats
 from .linear_logprob import linear_logprob, linear_logprob_ref
+
+
+@dataclass(frozen=True)
+class FusedObjective:
+    """The objective of N tokens as `impl="triton"` can evaluate it inside its row kernel.
+
+        loss = weight * (-trust * surrogate + kl_coef * kl - entropy_coef * entropy)
+
+    With r = exp(logp - old_logp), sg[x] for x held constant, and A the advantage:
+        ppo     surrogate = min(r A, clip(r, 1 - low, 1 + high) A), where A < 0 at least dual A    arXiv 1707.06347
+        cispo   surrogate = sg[clip(r, 1 - low, 1 + high) A] logp                                  arXiv 2506.13585
+        trust = min(exp(old_logp - sampler_logp), tis_cap), or 1 where tis_cap is 0
+        kl = x, x^2 / 2 or exp(-x) - 1 + x with x = logp - ref_logp, by kl_estimator; times r with kl_ratio
+
+    Args:
+        advantage, weight, old_logp, ref_logp, sampler_logp: (N,) fp32, constants; old_logp None: sg[logp], as in the
+            first update on a batch; ref_logp is needed with kl_coef, sampler_logp with tis_cap.
+        loss_type: "ppo" or "cispo". GSPO couples tokens: `two_pass`.
+        clip_ratio_dual, kl_coef, tis_cap: 0 is off.
+    """
+
+    advantage: torch.Tensor
+    weight: torch.Tensor
+    old_logp: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    sampler_logp: torch.Tensor | None = None
+    loss_type: str = "ppo"
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_dual: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_ratio: bool = False
+    entropy_coef: float = 0.0
+    tis_cap: float = 0.0
+
+    def check(self, target):
+        """Refuse what the kernel would misread.
+
+        Raises:
+            ValueError: an unknown loss_type or kl_estimator, a vector that is missing, or not (N,) fp32 beside target.
+        """
+        if self.loss_type not in ("ppo", "cispo"):
+            raise ValueError(f"loss_type={self.loss_type!r}: ppo or cispo; leave `fused` out for any other objective")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r}: one of k1, k2, k3")
+        for name, needed in (
+            ("advantage", True),
+            ("weight", True),
+            ("old_logp", False),
+            ("ref_logp", self.kl_coef),
+            ("sampler_logp", self.tis_cap),
+        ):
+            x = getattr(self, name)
+            if x is None and needed:
+                raise ValueError(f"FusedObjective.{name} is None: kl_coef needs ref_logp, tis_cap needs sampler_logp")
+            if x is not None and not (
+                x.shape == target.shape and x.dtype == torch.float32 and x.device == target.device and x.is_contiguous()
+            ):
+                raise ValueError(
+                    f"FusedObjective.{name} is {tuple(x.shape)} {x.dtype} on {x.device}: "
+                    f"want ({len(target)},) float32 on {target.device}, contiguous"
+                )
 
 
 def linear_loss_ref(hidden, weight, target, objective, temperature=1.0, banned=()):
@@ -32,74 +103,105 @@ def linear_loss_ref(hidden, weight, target, objective, temperature=1.0, banned=(
 
 
 def linear_loss(
-    hidden, weight, target, objective, *, temperature=1.0, banned=(), chunk_tokens=0, two_pass=False, impl="chunked"
-):
+    hidden, weight, target, objective, *, fused=None, temperature=1.0, banned=(), chunk_tokens=0, two_pass=False,
+    logits_dtype=None, impl="auto",
+):  # fmt: skip
     """Sum of per-token losses of sampled tokens, differentiable in `hidden` and `weight`.
 
     Args:
-        hidden: (N, H) last hidden states of the positions that predict `target`.
+        hidden: (N, H) last hidden states of the positions that predict `target`; for "triton" contiguous.
         weight: (V, H) head, same dtype; not a DTensor.
         target: (N,) int64 in [0, V), none of them banned.
         objective: (logp (C,), entropy (C,), slice of the N tokens) -> (C,) losses; differentiable.
+        fused: FusedObjective that says the same as `objective`; "triton" evaluates it instead, the others ignore it.
         temperature: the sampler's, > 0.
         banned: token ids that leave the distribution.
         chunk_tokens: C; 0 chooses by device and V.
         two_pass: the objective is called once, on all N tokens.
-        impl: "chunked" or "reference".
+        logits_dtype: of "triton"; None: float32. hidden's own 16 bits halve the logits' memory and traffic, and cost
+            log-probs up to 0.1 nat.
+        impl: "auto" ("triton" for CUDA tensors but fp64, else "chunked"), "triton", "chunked" or "reference".
 
     Returns:
         loss: 0-d; logp, entropy: (N,) without gradient; fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: see `check_head`.
+        ValueError: see `check_head`, `choose_impl`, `FusedObjective.check`; fused with two_pass; another logits_dtype.
     """
     check_head(hidden, weight, target, temperature, banned)
+    impl = choose_impl(impl, hidden, weight, target)
+    if fused is not None and two_pass:
+        raise ValueError("fused has a token's loss read that token alone, two_pass all of them: give one of the two")
+    kind = stats_dtype(hidden)
+    if logits_dtype not in (None, kind) and (impl, logits_dtype) != ("triton", hidden.dtype):
+        raise ValueError(f'logits_dtype={logits_dtype}: {kind}, or with impl="triton" also {hidden.dtype}')
     if impl == "reference":
         return linear_loss_ref(hidden, weight, target, objective, temperature, banned)
-    if impl != "chunked":
-        raise ValueError(f"impl={impl!r}: one of chunked, reference")
-    return _LinearLoss.apply(hidden, weight, target, objective, temperature, tuple(banned), chunk_tokens, two_pass)
+    if impl == "chunked":
+        fused = None
+    if fused is not None:
+        fused.check(target)
+    whole = None
+    if two_pass:
+        options = dict(temperature=temperature, banned=banned, chunk_tokens=chunk_tokens, impl=impl)
+        whole = linear_logprob(hidden, weight, target, **options)
+    job = _Job(target, objective, fused, temperature, tuple(banned), chunk_tokens, whole, logits_dtype or kind, impl)
+    return _LinearLoss.apply(hidden, weight, job)
+
+
+@dataclass
+class _Job:
+    """What autograd need not know of."""
+
+    target: torch.Tensor
+    objective: Callable
+    fused: FusedObjective | None
+    temperature: float
+    banned: tuple
+    chunk_tokens: int
+    whole: tuple | None  # all log-probs and entropies, where the objective reads them at once
+    logits_dtype: torch.dtype
+    impl: str
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, objective, temperature, banned, chunk_tokens, two_pass):
-        kind = stats_dtype(hidden)
+    def forward(ctx, hidden, weight, job):
+        kind, device = stats_dtype(hidden), hidden.device
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        logp = torch.empty(len(hidden), dtype=kind, device=hidden.device)  # (N,)
-        entropy = torch.empty_like(logp)  # (N,)
-        loss = torch.zeros((), dtype=kind, device=hidden.device)
+        out = torch.empty(3, len(hidden), dtype=kind, device=device)
+        losses, logp, entropy = out  # (N,) each
         grad_hidden = torch.empty_like(hidden) if need_hidden else None  # (N, H)
-        grad_weight = torch.empty(weight.shape, dtype=kind, device=weight.device) if need_weight else None  # (V, H)
-        if two_pass:
-            whole = linear_logprob(
-                hidden, weight, target, temperature=temperature, banned=banned, chunk_tokens=chunk_tokens
-            )
-            loss, g_all, h_all = _objective_grads(objective, *whole, slice(0, len(target)))
-        for rows in chunks(hidden, weight, chunk_tokens):
-            x = hidden[rows]
-            z = scores(x, weight)  # (C, V)
-            logp[rows], entropy[rows], lse = softmax_stats(z, target[rows], temperature, banned)
-            if two_pass:
-                g, h = g_all[rows], h_all[rows]
+        grad_weight = torch.empty(weight.shape, dtype=kind, device=device) if need_weight else None  # (V, H)
+        make_stats, make_dlogits = (row_stats, row_dlogits) if job.impl == "triton" else (softmax_stats, _dlogits)
+        banned = banned_ids(job.banned, device)
+        if job.whole:
+            losses[:], g_all, h_all = _objective_grads(job.objective, *job.whole, slice(0, len(hidden)))
+        for rows in chunks(hidden, weight, job.chunk_tokens, job.logits_dtype):
+            x, y = hidden[rows], job.target[rows]
+            z = scores(x, weight, job.logits_dtype)  # (C, V)
+            if job.fused:
+                dz = row_objective(z, y, job.fused, rows, job.temperature, banned, out, hidden.dtype)
             else:
-                part, g, h = _objective_grads(objective, logp[rows], entropy[rows], rows)
-                loss += part
-            if need_hidden or need_weight:
-                _dlogits_(z, lse, logp[rows], entropy[rows], target[rows], g / temperature, h / temperature)
-                dz = z.to(hidden.dtype)
-                if need_hidden:
-                    torch.mm(dz, weight, out=grad_hidden[rows])
-                if need_weight:
-                    _accumulate(grad_weight, dz, x, first=rows.start == 0)
-                del dz
-            del z  # before the next chunk's is made
+                stats = make_stats(z, y, job.temperature, banned)
+                logp[rows], entropy[rows] = stats[:2]
+                if job.whole:
+                    g, h = g_all[rows], h_all[rows]
+                else:
+                    losses[rows], g, h = _objective_grads(job.objective, logp[rows], entropy[rows], rows)
+                if need_hidden or need_weight:
+                    dz = make_dlogits(z, stats, y, g, h, job.temperature, hidden.dtype)
+            if need_hidden:
+                torch.mm(dz, weight, out=grad_hidden[rows])
+            if need_weight:
+                _accumulate(grad_weight, dz, x, first=rows.start == 0)
+            z = dz = None  # before the next chunk's is made
         if need_weight and not len(hidden):
             grad_weight.zero_()
         ctx.grads = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logp, entropy)
-        return loss, logp, entropy
+        return losses.sum(), logp, entropy
 
     @staticmethod
     def backward(ctx, grad_loss, _logp, _entropy):
@@ -110,20 +212,25 @@ class _LinearLoss(torch.autograd.Function):
             grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None
 
 
 def _objective_grads(objective, logp, entropy, rows):
-    """Loss of these tokens, and its gradient in their log-probs and entropies."""
+    """Losses of these tokens, and the gradient of their sum in log-probs and entropies."""
     with torch.enable_grad():
         logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-        loss = objective(logp, entropy, rows).sum()
-        g, h = torch.autograd.grad(loss, (logp, entropy), allow_unused=True) if loss.requires_grad else (None, None)
-    return loss.detach(), *(torch.zeros_like(logp) if x is None else x for x in (g, h))
+        losses = objective(logp, entropy, rows)  # (C,)
+        g = h = None
+        if losses.requires_grad:
+            g, h = torch.autograd.grad(losses.sum(), (logp, entropy), allow_unused=True)
+    # A sum's gradient is one expanded number, and kernels read memory.
+    return losses.detach(), *(torch.zeros_like(logp) if x is None else x.contiguous() for x in (g, h))
 
 
-def _dlogits_(z, lse, logp, entropy, target, g, h):
-    """dz in place of z: -p (g + h (log p + entropy)), and the target's column apart."""
+def _dlogits(z, stats, target, g, h, temperature, dtype):
+    """dz over z, then in `dtype`: -p (g + h (log p + entropy)) / T, and the target's column apart."""
+    logp, entropy, lse = stats
+    g, h = g / temperature, h / temperature
     at_target = -g * torch.expm1(logp) - h * logp.exp() * (logp + entropy)  # (C,)
     entropy_counts = bool(h.any())
     for rows, block, p in blocks(z):
@@ -132,16 +239,15 @@ def _dlogits_(z, lse, logp, entropy, target, g, h):
             block.add_((entropy - lse)[rows, None]).mul_(-h[rows, None]).sub_(g[rows, None]).mul_(p)
         else:
             torch.mul(p, -g[rows, None], out=block)
-    z.scatter_(1, target[:, None], at_target[:, None])
+    return z.scatter_(1, target[:, None], at_target[:, None]).to(dtype)
 
 
 def _accumulate(grad_weight, dz, x, first):
+    """grad_weight (V, H) += dz.T @ x, or = for the first chunk; in grad_weight's precision."""
+    options = dict(beta=0 if first else 1, out=grad_weight)
     if dz.dtype == grad_weight.dtype:
-        torch.addmm(grad_weight, dz.T, x, beta=0 if first else 1, out=grad_weight)
+        torch.addmm(grad_weight, dz.T, x, **options)
+    elif dz.is_cuda:  # 16-bit products, fp32 sum, and no second (V, H)
+        torch.addmm(grad_weight, dz.T, x, out_dtype=grad_weight.dtype, **options)
     else:
-        part = (
-            torch.mm(dz.T, x, out_dtype=grad_weight.dtype)
-            if dz.is_cuda
-            else dz.T.to(grad_weight.dtype) @ x.to(grad_weight.dtype)
-        )
-        grad_weight.copy_(part) if first else grad_weight.add_(part)
+        torch.addmm(grad_weight, dz.T.to(grad_weight.dtype), x.to(grad_weight.dtype), **options)
