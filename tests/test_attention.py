@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanolmmr1.kernels import _sdpa
+from nanolmmr1.kernels import _sdpa, _tiles, _triton
 from nanolmmr1.kernels import attention as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -48,7 +48,7 @@ def dense(q, k, v, spans, scale):
         for i in range(q1 - q0):
             seen[q0 + i, p0:p1] = True
             seen[q0 + i, k0 : k0 + i + 1 if causal else k1] = True
-    attending = seen.any(1)
+    seen, attending = seen.to(q.device), seen.any(1).to(q.device)
     k, v = (x[:, torch.arange(heads) // (heads // x.shape[1])] for x in (k, v))  # (T, Hq, D)
     scores = (q.transpose(0, 1) @ k.permute(1, 2, 0)) * scale  # (Hq, T, T)
     p = scores[:, attending].masked_fill(~seen[attending], float("-inf")).softmax(-1)
@@ -62,19 +62,21 @@ def qkv(tokens, q_heads, kv_heads, dtype=torch.float64, dim=16):
     return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
 
 
-def run(function, tensors):
-    """Output and gradients of q, k, v under a fixed upstream gradient of both signs."""
+def run(function, tensors, upstream=None):
+    """Output and gradients of q, k, v under an upstream gradient of both signs, by default a fixed one."""
     tensors = [t.clone().requires_grad_() for t in tensors]
     out = function(*tensors)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    grads = torch.autograd.grad((out * upstream.to(out.dtype)).sum(), tensors)
-    return [out.detach(), *grads]
+    if upstream is None:
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out))]
 
 
 def error(ours, gold):
     """Of the worst tensor, in units of the largest value of all: a gradient may be exactly zero."""
     scale = max(float(b.abs().max()) for b in gold)
-    return max(float((a.double() - b).abs().max()) / scale for a, b in zip(ours, gold, strict=True))
+    # torch's maximum, unlike Python's, lets no NaN pass.
+    worst = torch.stack([(a.double().cpu() - b.cpu()).abs().max() for a, b in zip(ours, gold, strict=True)]).max()
+    return float(worst) / scale
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
@@ -99,21 +101,27 @@ def test_fp32_errs_at_most_twice_as_much_as_a_dense_softmax(name):
     assert error(ours, gold) <= 2 * error(plain, gold) + 1e-6
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
-def test_rows_in_no_span_are_zero_and_get_no_gradient(impl):
+DTYPES = {"reference": torch.float64, "sdpa": torch.float64, "triton": torch.float32}
+
+
+@pytest.mark.parametrize("impl", DTYPES)
+def test_rows_in_no_span_are_zero_and_get_no_gradient(impl, device):
     tokens, table = TABLES["holes"]
-    spans = Spans(table, tokens)
-    out, dq, dk, dv = run(lambda q, k, v: attention(q, k, v, spans, impl=impl), qkv(tokens, 4, 2))
+    spans, tensors = Spans(table, tokens), [x.to(device, DTYPES[impl]) for x in qkv(tokens, 4, 2)]
+    out, dq, dk, dv = run(lambda q, k, v: attention(q, k, v, spans, impl=impl), tensors)
     idle = [0, 1, 2, 8, 9, 10, 15, 16, 17, 18, 19]
     assert all(x[idle].abs().sum() == 0 for x in (out, dq, dk, dv))
     busy = [row for row in range(tokens) if row not in idle]
     assert all((x[busy].abs().sum((1, 2)) > 0).all() for x in (out, dv))
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
-def test_no_span_at_all_gives_zeros(impl):
-    q, k, v = qkv(5, 4, 2)
-    assert torch.equal(attention(q, k, v, Spans(torch.zeros(0, 7), 5), impl=impl), torch.zeros_like(q))
+@pytest.mark.parametrize("impl", DTYPES)
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_no_span_at_all_gives_zeros(tokens, impl, device):
+    spans, (q, k, v) = Spans(torch.zeros(0, 7), tokens), [x.to(device, DTYPES[impl]) for x in qkv(tokens, 4, 2)]
+    assert torch.equal(attention(q, k, v, spans, impl=impl), torch.zeros_like(q))
+    if impl == "triton":
+        assert all((x == 0).all() for x in run(triton(spans), (q, k, v)))
 
 
 @pytest.mark.parametrize("elements", [1, 300, 5000])
@@ -163,6 +171,228 @@ def test_what_no_row_may_see_changes_nothing():
     assert changed.nonzero().flatten().tolist() == [34]
 
 
+def triton(spans, scale=None):
+    return lambda q, k, v: attention(q, k, v, spans, scale=scale, impl="triton")
+
+
+TRITON = [  # table, q heads, kv heads, D, scale: each mask, group and padding of D once; the interpreter is slow
+    ("one token", 16, 2, 128, None),
+    ("causal", 2, 1, 8, None),
+    ("ragged causal", 2, 1, 16, 0.3),
+    ("windows", 2, 2, 80, None),
+    ("shared prefix", 16, 2, 128, None),
+    ("pack of groups", 6, 1, 16, None),
+    ("keys elsewhere", 8, 1, 24, 1.0),
+    ("only a prefix", 6, 1, 128, None),
+    ("holes", 4, 4, 80, None),
+]
+
+
+@pytest.mark.parametrize(("name", "q_heads", "kv_heads", "dim", "scale"), TRITON, ids=lambda x: str(x))
+def test_triton_equals_a_dense_softmax(name, q_heads, kv_heads, dim, scale, device):
+    tokens, table = TABLES[name]
+    spans, tensors = Spans(table, tokens), qkv(tokens, q_heads, kv_heads, torch.float32, dim)
+    dense_scale = dim**-0.5 if scale is None else scale
+    gold = run(lambda q, k, v: dense(q, k, v, spans, dense_scale), [t.double() for t in tensors])
+    plain = run(lambda q, k, v: dense(q, k, v, spans, dense_scale), tensors)
+    ours = run(triton(spans, scale), [t.to(device) for t in tensors])
+    assert error(ours, gold) <= 2 * error(plain, gold) + 1e-6
+    for a, b in zip(ours, gold, strict=True):
+        assert a.dtype == torch.float32 and torch.isfinite(a).all()
+        assert b.abs().max() == 0 or error([a], [b]) <= 1e-5  # with one key to see, dq and dk are zero
+
+
+def test_triton_in_half_precision_errs_at_most_twice_as_much_as_a_dense_softmax(device):
+    tokens, table = TABLES["shared prefix"]
+    spans, tensors = Spans(table, tokens), qkv(tokens, 4, 2, torch.float16)
+    gold = run(lambda q, k, v: dense(q, k, v, spans, 0.25), [t.double() for t in tensors])
+    plain = run(lambda q, k, v: dense(q, k, v, spans, 0.25), tensors)
+    ours = run(triton(spans), [t.to(device) for t in tensors])
+    assert ours[0].dtype == ours[2].dtype == torch.float16
+    assert error(ours, gold) <= 2 * error(plain, gold) + 1e-6
+
+
+def small_pack(device):
+    tokens, table = TABLES["pack of groups"]
+    return tokens, torch.tensor(table), [x.to(device) for x in qkv(tokens, 4, 1, torch.float32)]
+
+
+def test_triton_gives_the_same_bits_again_and_whatever_the_order_of_spans(device):
+    tokens, table, tensors = small_pack(device)
+    first = run(triton(Spans(table, tokens)), tensors)
+    again = run(triton(Spans(table, tokens)), tensors)
+    shuffled = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    other = run(triton(Spans(shuffled, tokens)), tensors)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_triton_permuting_the_responses_permutes_their_rows_and_nothing_else(device):
+    lengths, prompt = [9, 1, 13], 21
+    tensors = [x.to(device) for x in qkv(prompt + sum(lengths), 4, 2, torch.float32)]
+    upstream = qkv(prompt + sum(lengths), 4, 2, torch.float32)[0].to(device)
+    pieces = torch.arange(len(upstream)).split([prompt, *lengths])
+    order = torch.cat([pieces[0], pieces[3], pieces[1], pieces[2]]).to(device)
+    gold = run(triton(Spans(shared_prefix(prompt, lengths), len(order))), tensors, upstream)
+    permuted = Spans(shared_prefix(prompt, [13, 9, 1]), len(order))
+    ours = run(triton(permuted), [x[order] for x in tensors], upstream[order])
+    assert all(error([a], [b[order].double()]) <= 1e-6 for a, b in zip(ours, gold, strict=True))
+
+
+def test_triton_reads_slices_of_a_fused_qkv(device):
+    tokens, table = TABLES["holes"]
+    spans, fused = Spans(table, tokens), torch.cat(qkv(tokens, 4, 4, torch.float32, 24), 1).to(device)  # (T, 12, D)
+    apart = run(triton(spans), [x.contiguous() for x in fused.split(4, 1)])
+    fused.requires_grad_()
+    out = triton(spans)(*fused.split(4, 1))
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
+    (grad,) = torch.autograd.grad(out, fused, upstream)
+    assert torch.equal(out, apart[0]) and torch.equal(grad, torch.cat(apart[1:], 1))
+    by_head = fused.detach().split(4, 1)[0].transpose(0, 1).contiguous().transpose(0, 1)  # strides (D, T D, 1)
+    assert torch.equal(triton(spans)(by_head, *fused.split(4, 1)[1:]), apart[0])
+
+
+def test_triton_takes_an_expanded_upstream_gradient_and_has_no_second_derivative(device):
+    tokens, table = TABLES["only a prefix"]
+    q, k, v = (x.to(device).requires_grad_() for x in qkv(tokens, 2, 1, torch.float32))
+    out = triton(Spans(table, tokens))(q, k, v)
+    (ones,) = torch.autograd.grad(out, v, torch.ones_like(out), retain_graph=True)
+    (summed,) = torch.autograd.grad(out.sum(), v, retain_graph=True)
+    assert torch.equal(summed, ones)
+    (grad,) = torch.autograd.grad(out, v, torch.ones_like(out).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_triton_never_reads_what_no_span_holds(device):
+    tokens, table = TABLES["holes"]
+    spans, tensors = Spans(table, tokens), [x.to(device) for x in qkv(tokens, 4, 2, torch.float32)]
+    clean = run(triton(spans), tensors)
+    for x in tensors:
+        x[[0, 1, 2, 8, 9, 10, 15, 16, 17, 18, 19]] = float("nan")
+    assert all(torch.equal(a, b) for a, b in zip(run(triton(spans), tensors), clean, strict=True))
+
+
+def test_triton_sums_of_split_key_tiles_equal_unsplit_ones(monkeypatch, device):
+    tokens, table = 54, [*chain([20], 1), [20, 54, 20, 54, 0, 20, 1]]
+    tensors = qkv(tokens, 4, 1, torch.float32)
+    gold = run(lambda q, k, v: dense(q, k, v, Spans(table, tokens), 0.25), [t.double() for t in tensors])
+    monkeypatch.setattr(_triton, "num_sms", lambda _: 1000)
+    results = []
+    for min_work in (10**6, 1, 1):
+        monkeypatch.setattr(_tiles, "MIN_WORK", min_work)
+        spans = Spans(table, tokens)
+        results.append(run(triton(spans), [t.to(device) for t in tensors]))
+        (plan,) = [plan for plan in spans._plans.values() if isinstance(plan, _tiles.KeyTiles)]
+        assert (plan.slots == 0) == (min_work > 1)
+    whole, split, again = results
+    assert all(error([x], [g]) <= 1e-6 for ours in (whole, split) for x, g in zip(ours, gold, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(split, again, strict=True))
+
+
+def pairs(table, tokens):
+    """(T, T) how often each query sees each key."""
+    seen = torch.zeros(tokens, tokens, dtype=torch.int32)
+    for q0, q1, k0, k1, p0, p1, causal in torch.as_tensor(table).tolist():
+        for i in range(q1 - q0):
+            seen[q0 + i, p0:p1] += 1
+            seen[q0 + i, k0 : k0 + i + 1 if causal else k1] += 1
+    return seen
+
+
+@pytest.mark.parametrize(("block_m", "block_n", "sms"), [(16, 32, 1), (32, 16, 4), (4, 8, 100)])
+@pytest.mark.parametrize("name", TABLES)
+def test_tiles_cover_every_visible_pair_once_longest_first(name, block_m, block_n, sms):
+    tokens, table = TABLES[name]
+    spans, seen = Spans(table, tokens), pairs(table, tokens)
+    forward, holes = _tiles.query_tiles(spans, "cpu", block_m)
+    counts, sizes = torch.zeros_like(seen), []
+    for row0, row1, p0, p1, k0, k1, shift in forward.tolist():
+        assert 0 < row1 - row0 <= block_m
+        sizes.append(p1 - p0 + k1 - k0)
+        for row in range(row0, row1):
+            counts[row, p0:p1] += 1
+            counts[row, k0 : min(k1, row + shift + 1)] += 1
+    assert torch.equal(counts, seen) and sizes == sorted(sizes, reverse=True)
+    assert holes == bool((seen.sum(1) == 0).any())
+
+    plan = _tiles.key_tiles(spans, "cpu", block_m, block_n, 2, 3, sms)
+    counts, sizes, slots = torch.zeros_like(seen), [], {}
+    for key0, key1, slot, a, b, c in plan.pieces.tolist():
+        assert 0 < key1 - key0 <= block_n and a <= b <= c and c > a
+        sizes.append(sum(-(-(row1 - row0) // block_m) for row0, row1, _ in plan.visits[a:c].tolist()))
+        slots.setdefault((key0, key1), []).append(slot)
+        for i, (row0, row1, shift) in enumerate(plan.visits[a:c].tolist()):
+            assert row0 < row1 and (i < b - a or key1 - 1 <= row0 + shift)  # past the diagonal no key needs a mask
+            for row in range(row0, row1):
+                counts[row, key0 : min(key1, row + shift + 1)] += 1
+    assert torch.equal(counts, seen) and sizes == sorted(sizes, reverse=True)
+    assert plan.holes == bool((seen.sum(0) == 0).any())
+    split = {(key0, key1): list(range(a, b)) for key0, key1, a, b in plan.sums.tolist()}
+    assert {tile: sorted(used) for tile, used in slots.items()} == {tile: [-1] for tile in slots} | split
+    assert sorted(slot for used in split.values() for slot in used) == list(range(plan.slots))
+    assert sizes[0] <= max(1, max(_tiles.MIN_WORK, -(-sum(sizes) * 6 // (2 * sms))) // 2)
+
+
+def test_triton_grids_of_more_than_65535_tiles_have_one_axis(monkeypatch, device):
+    tokens, grids = 70_000, {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            grids[self.name] = grid
+            return lambda *args, **kwargs: None
+
+    for name in ("_forward_kernel", "_dq_kernel", "_dkv_kernel"):
+        monkeypatch.setattr(kernel, name, Recorder(name))
+    ones = torch.arange(tokens, dtype=torch.int32)[:, None]
+    spans = Spans(torch.cat([ones, ones + 1, ones, ones + 1, 0 * ones, 0 * ones, 0 * ones], 1), tokens)
+    q, k = (torch.zeros(tokens, heads, 8, device=device, requires_grad=True) for heads in (2, 1))
+    triton(spans)(q, k, k).sum().backward()
+    assert grids == {"_forward_kernel": (140_000,), "_dq_kernel": (140_000,), "_dkv_kernel": (70_000,)}
+
+
+def test_auto_goes_by_the_device(monkeypatch, device):
+    for impl in ("sdpa", "triton"):
+        monkeypatch.setitem(kernel.IMPLS, impl, lambda *args, impl=impl: impl)
+    spans = Spans(chain([10], 1), 10)
+    assert attention(Q, KV, KV, spans) == "sdpa"
+    assert attention(*(x.to(device) for x in (Q, KV, KV)), spans) == ("triton" if device.type == "cuda" else "sdpa")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("table", "q_heads", "kv_heads", "dim"),
+    [
+        pytest.param(shared_prefix(1400, [400] * 8), 16, 2, 128, id="prompt and responses"),
+        pytest.param(chain([64] * 80, 0), 16, 16, 80, id="windows"),
+        pytest.param(chain([5120], 0), 16, 16, 80, id="image"),
+    ],
+)
+def test_triton_in_bf16_at_real_shapes(table, q_heads, kv_heads, dim, device):
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    tokens, group = table[-1][1], q_heads // kv_heads
+    spans, tensors = Spans(table, tokens), [x.to(device) for x in qkv(tokens, q_heads, kv_heads, torch.bfloat16, dim)]
+    upstream = qkv(tokens, q_heads, 1, torch.bfloat16, dim)[0].to(device)
+
+    def by_head(dtype):  # the (Hq, T, T) scores of a dense softmax do not fit for all heads at once
+        parts = []
+        for h in range(kv_heads):
+            rows, cols = slice(h * group, (h + 1) * group), slice(h, h + 1)
+            part = [x[:, heads].to(dtype) for x, heads in zip(tensors, (rows, cols, cols), strict=True)]
+            parts.append(run(lambda q, k, v: dense(q, k, v, spans, dim**-0.5), part, upstream[:, rows]))
+        return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+
+    gold, plain = by_head(torch.float64), by_head(torch.bfloat16)
+    ours, again = (run(triton(spans), tensors, upstream) for _ in range(2))
+    for a, b, g, p in zip(ours, again, gold, plain, strict=True):
+        assert torch.equal(a, b)
+        assert error([a], [g]) <= 2 * error([p], [g]) + 1e-6
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -194,10 +424,23 @@ Q, KV = torch.zeros(10, 4, 8), torch.zeros(10, 2, 8)
         (dict(k=torch.zeros(10, 2, 4), v=torch.zeros(10, 2, 4)), r"\(10, 2, 4\)"),
         (dict(v=KV.bfloat16()), "bfloat16.*one dtype"),
         (dict(spans=Spans(chain([9], 1), 9)), "9 tokens, q has 10"),
-        (dict(impl="flash"), "flash.*reference, sdpa"),
+        (dict(impl="fast"), "fast.*auto, triton, varlen, flash, sdpa, reference"),
+        (dict(scale=0.0), "scale=0.0"),
+        (dict(scale=float("nan")), "scale=nan"),
+        (dict(q=Q.double(), k=KV.double(), v=KV.double(), impl="triton"), "float64.*float32, bfloat16"),
+        (dict(zip("qkv", (x[..., :4] for x in (Q, KV, KV)), strict=True), impl="triton"), "head dim 4.*up to 128"),
+        (dict(zip("qkv", (x.repeat(1, 1, 17) for x in (Q, KV, KV)), strict=True), impl="triton"), "head dim 136"),
+        (dict(v=torch.zeros(10, 2, 16)[..., ::2], impl="triton"), r"v has strides.*contiguous\(\)"),
+        (dict(q=Q.to("meta"), impl="triton"), "q, k, v lie on cpu, meta"),
     ],
 )
 def test_wrong_use_is_refused(changes, words):
     arguments = dict(q=Q, k=KV, v=KV, spans=Spans(chain([10], 1), 10)) | changes
     with pytest.raises(ValueError, match=words):
         attention(**arguments)
+
+
+def test_cpu_tensors_have_a_path_of_their_own(monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="q is on cpu.*CUDA tensors"):
+        attention(Q, KV, KV, Spans(chain([10], 1), 10), impl="triton")
