@@ -1,21 +1,27 @@
 """Check, then time: what every kernel bench shares.
 
-A case names a shape and its providers, the reference first. Each provider's outputs are compared with the
-reference's; one that errs beyond tolerance gets its error printed and no time. The others run in turn, round after
-round, so that a machine that slows down slows all of them. Numbers go to a table, and as one JSON object to the
-last line of stdout. Memory on a CPU is read from /proc, so these benches need Linux.
+A case names a shape and its providers: our implementations, plain torch and other libraries, all computing the same
+function. Its gold is made in wider arithmetic. A provider that errs beyond tolerance gets its error printed and no
+time; one that cannot run here, or fails, gets its reason. The others run in turn, the order turned round from round to
+round, so that a machine that slows down slows all of them, and nobody always runs after the same neighbour.
 
-Next: linear_loss.py, which fills cases with shapes.
+On a GPU times are between CUDA events, with the L2 cache flushed before each run (`--hot`: not), and with the host a
+little ahead, as in a training step, so that launching counts only where it is slower than what is launched. Work is
+algorithmic: products that the result needs, counted once, pairs that the mask hides left out; bytes that must be read
+or written at least once. The floor is the larger of FLOPs over the chip's rate and bytes over its bandwidth.
+Memory on a CPU is read from /proc, so these benches need Linux.
+
+Next: modes.py, which cuts a differentiable op into forward, backward and full.
 """
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,92 +29,263 @@ from pathlib import Path
 
 import torch
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest value; bf16 logits are good to 1 in 128
-SECONDS_PER_CASE = 2.5
-ROUNDS = 3, 50  # fewest, most
+from bench.machine import capacity, floor_ms, machine, peaks
+
+# Of the largest value. bf16 rounds to 1 in 256 and a gradient adds several roundings; what is wrong is off by tenths.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+ROUNDS = {"cpu": (3, 50), "cuda": (5, 100)}  # fewest, most
+HEADER = "{:34}{:>8}{:>12}{:>10}{:>10}{:>18}{:>9}{:>11}"
+HEAD_START = 500_000  # clock cycles, about 0.3 ms, that the host gets to launch ahead of the GPU
+
+
+@dataclass
+class Provider:
+    """One implementation in one case. `run(*setup())` gives outputs; only `run` is timed."""
+
+    run: Callable | None = None
+    setup: Callable = tuple
+    compare: Callable = tuple  # outputs -> tensors as the gold has them; untimed
+    ours: bool = False  # a wrong one fails the whole bench
+    needs: float = 0.0  # bytes it is known to take besides its inputs
+    refused: str = ""  # why it cannot run here
 
 
 @dataclass
 class Case:
     name: str
-    flops: float  # of the products that the result needs, counted once
-    providers: dict[str, Callable[[], tuple]]  # name -> outputs and gradients; the first is the reference
+    gold: Callable  # () -> tensors
+    providers: dict[str, Provider]
+    flops: float
+    bytes: float
+    family: str = ""  # cases that differ by size alone; a line in a picture
+    size: int = 0
+    dtype: torch.dtype = torch.float32
 
 
-def main(benches):
-    """Run benches, name -> function of (device, dtype) that yields cases; options from the command line."""
-    parser = argparse.ArgumentParser(description="Check against the reference, then time.")
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
-    options = parser.parse_args()
+def main(benches, argv=None):
+    """Run benches, name -> function of (device, dtype) that yields cases.
+
+    Returns:
+        exit status: 1 where a provider of ours is wrong or fails, 2 where --only leaves nothing to do.
+    """
+    options = arguments(argv)
+    draw = plotter(options) if options.plot else None
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    print(f"{'':67}  error  median ms     p20     p80  GFLOP/s  extra MB")
-    rows = []
-    for name, cases in benches.items():
+    report = {"machine": machine(device) | {"cache": "hot" if options.hot or device == "cpu" else "cold"}, "rows": []}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), "(* ours)", flush=True)
+    said, start = set(), time.perf_counter()
+    for op, cases in benches.items():
+        header = "\n" + HEADER.format(op, "error", "median ms", "p20", "p80", "rate", "of floor", "extra MB") + "\n"
         for case in cases(device, dtype):
-            rows += measure(name, case, dtype)
-    text = json.dumps({"machine": machine(device), "rows": rows})
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+            case.providers = chosen(op, case, options.only)
+            if not case.providers:
+                continue
+            print(header, end="")
+            header = ""
+            print(f"{case.name}  [{time.perf_counter() - start:.0f} s]", flush=True)
+            for row in measure(op, case, device, options):
+                line = show(row)
+                if not row["refused"] or (op, line) not in said:  # a missing library is said once
+                    print(line, flush=True)
+                said.add((op, line))
+                report["rows"].append(row)
+            if options.json:
+                save(report, options.json)
+    if not report["rows"]:
+        print(f"nothing is named like --only {' --only '.join(options.only)}")
+        return 2
+    if draw:
+        draw(report, options.plot)
+    return int(any(row["ours"] and row["verdict"] in ("wrong", "failed") for row in report["rows"]))
 
 
-def measure(op, case, dtype):
-    """One row a provider, printed as they come."""
-    reference, *others = case.providers
-    gold = case.providers[reference]()
-    errors = {reference: 0.0} | {name: error(case.providers[name](), gold) for name in others}
-    del gold
-    right = [name for name in case.providers if errors[name] <= TOLERANCE[dtype]]
-    extra = {name: extra_mb(case.providers[name]) for name in right}
+def arguments(argv):
+    parser = argparse.ArgumentParser(description="Check every provider against a reference, then time it.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows here, after every case")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw rooflines and times over size")
+    parser.add_argument(
+        "--only", default=[], action="append", metavar="NAME", help="only what has this in `op: case: provider`")
+    parser.add_argument("--hot", action="store_true", help="leave the L2 cache as the last run left it")
+    parser.add_argument("--seconds", type=float, default=0.25, help="timed per provider and case (default 0.25)")
+    return parser.parse_args(argv)
+
+
+def plotter(options):
+    """`bench.plot.draw`, asked for before hours are spent on numbers."""
+    try:
+        from bench.plot import draw
+    except ModuleNotFoundError as missing:
+        sys.exit(f"--plot needs {missing.name}: pip install -e '.[bench]'")
+    options.plot.mkdir(parents=True, exist_ok=True)
+    return draw
+
+
+def chosen(op, case, only):
+    """The providers that every `--only` leaves."""
+
+    def wanted(name):
+        return all(part.lower() in f"{op}: {case.name}: {name}".lower() for part in only)
+
+    return {name: provider for name, provider in case.providers.items() if wanted(name)}
+
+
+def measure(op, case, device, options):
+    """One row a provider."""
+    about = {"op": op, "case": case.name, "family": case.family, "size": case.size}
+    about |= {"dtype": str(case.dtype).removeprefix("torch."), "flops": case.flops, "bytes": case.bytes}
+    empty = dict.fromkeys(
+        ("verdict", "refused", "fault", "error", "median_ms", "p20_ms", "p80_ms", "rounds", "tflop_per_s", "gb_per_s",
+         "floor_ms", "percent_of_floor", "extra_mb"))
+    rows = {name: about | {"provider": name, "ours": p.ours} | empty for name, p in case.providers.items()}
+    for name, provider in case.providers.items():
+        rows[name]["refused"] = provider.refused or too_large(provider, device)
+    able = [name for name in rows if not rows[name]["refused"]]
+    if able:
+        check(case, rows, able)
+    right = [name for name in able if not rows[name]["fault"] and rows[name]["error"] <= TOLERANCE[case.dtype]]
+    for name in right:
+        rows[name]["extra_mb"] = attempt(rows[name], extra_mb, case.providers[name], device)
     times, start = {name: [] for name in right}, time.perf_counter()
-    for count in range(ROUNDS[1]):
-        if count >= ROUNDS[0] and time.perf_counter() - start > SECONDS_PER_CASE:
+    fewest, most = ROUNDS[device]
+    for count in range(most):
+        if count >= fewest and time.perf_counter() - start > options.seconds * len(right):
             break
-        for name in right:
-            times[name].append(timed(case.providers[name]))
-    rows = []
-    for name in case.providers:
-        row = {"op": op, "case": case.name, "provider": name, "error": errors[name], "right": name in right}
-        line = f"{op:15}{case.name:42}{name:10}{errors[name]:.1e}"
-        if row["right"]:
-            p20, p80 = (statistics.quantiles(times[name], n=5, method="inclusive")[i] * 1e3 for i in (0, 3))
-            median = statistics.median(times[name]) * 1e3
-            row |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "rounds": len(times[name])}
-            row |= {"gflop_per_s": case.flops / median / 1e6, "extra_mb": extra[name]}
-            line += f" {median:10.1f} {p20:7.1f} {p80:7.1f} {row['gflop_per_s']:8.1f} {row['extra_mb']:9.1f}"
-        print(line if row["right"] else f"{line}  beyond {TOLERANCE[dtype]:.0e}: not timed", flush=True)
-        rows.append(row)
-    return rows
+        for name in balanced(right, count):
+            if not rows[name]["fault"]:
+                times[name].append(attempt(rows[name], timed, case.providers[name], device, options.hot))
+    for name, row in rows.items():
+        if row["refused"] or row["fault"]:
+            row["verdict"] = "refused" if row["refused"] else "failed"
+        elif name not in right:
+            row["verdict"] = "wrong"
+        else:
+            row |= {"verdict": "right"} | summary(times[name], case, peaks(device))
+        yield row
 
 
+def check(case, rows, names):
+    """Put each provider's error into its row."""
+    gold = case.gold()
+
+    def of_one_run(provider):
+        return error(provider.compare(provider.run(*provider.setup())), gold)
+
+    for name in names:
+        rows[name]["error"] = attempt(rows[name], of_one_run, case.providers[name])
+
+
+def summary(times, case, chip):
+    """Columns of one provider from its times in ms; chip: see `peaks`."""
+    low, _, _, high = statistics.quantiles(times, n=5, method="inclusive")
+    median, floor = statistics.median(times), floor_ms(case.flops, case.bytes, chip)
+    return {
+        "median_ms": median, "p20_ms": low, "p80_ms": high, "rounds": len(times),
+        "tflop_per_s": case.flops / median / 1e9, "gb_per_s": case.bytes / median / 1e6,
+        "floor_ms": floor, "percent_of_floor": floor and 100 * floor / median,
+    }
+
+
+def show(row):
+    """A provider's line of the table."""
+    name = f"  {'*' if row['ours'] else ' '} {row['provider']:30}"
+    if row["verdict"] == "refused":
+        return f"{name}        not run: {row['refused']}"
+    if row["verdict"] == "failed":
+        return f"{name}        failed: {row['fault']}"
+    name += f"{row['error']:8.1e}"
+    if row["verdict"] == "wrong":
+        return f"{name}  WRONG: beyond {TOLERANCE[getattr(torch, row['dtype'])]:.0e}, not timed"
+    rate = f"{1e3 * row['tflop_per_s']:,.0f} GFLOP/s" if row["flops"] else f"{row['gb_per_s']:,.1f} GB/s"
+    floor = f"{row['percent_of_floor']:.0f} %" if row["percent_of_floor"] else "-"
+    times = f"{row['median_ms']:10.3f} {row['p20_ms']:9.3f} {row['p80_ms']:9.3f}"
+    return f"{name}  {times} {rate:>17} {floor:>8} {row['extra_mb']:10,.1f}"
+
+
+def attempt(row, work, *arguments):
+    """`work(*arguments)`; an error of any kind is the provider's own result, and must not end the others'."""
+    try:
+        return work(*arguments)
+    except Exception as fault:
+        row["fault"] = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    if torch.cuda.is_available():  # the error's traceback, and what it held, is gone by now
+        torch.cuda.empty_cache()
+    return None
+
+
+def too_large(provider, device):
+    """Why the device cannot hold the provider, or nothing."""
+    if provider.needs <= capacity(device):
+        return ""
+    return f"needs about {provider.needs / 1e9:.0f} GB, the machine has {capacity(device) / 1e9:.0f}"
+
+
+def balanced(names, count):
+    """Each name as often first as last, and before each other as often as after."""
+    turn = count // 2 % len(names) if names else 0
+    order = names[turn:] + names[:turn]
+    return order[::-1] if count % 2 else order
+
+
+@torch.no_grad()
 def error(outputs, gold):
-    """Largest difference of the worst output, in units of its reference's largest value; NaN counts as infinite."""
-    each = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, gold, strict=True)]
-    return max(float("inf") if math.isnan(e) else e for e in each)
+    """Largest difference of the worst output, in units of its gold's largest value.
+
+    Raises:
+        ValueError: outputs that are not as many, of other shapes, or not finite: no number says how wrong they are.
+    """
+    worst = 0.0
+    for a, b in zip(outputs, gold, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"an output of shape {tuple(a.shape)}, the reference's is {tuple(b.shape)}")
+        off = float((a.to(b.dtype) - b).abs().max() / b.abs().max())
+        if not math.isfinite(off):
+            raise ValueError("outputs are not finite")
+        worst = max(worst, off)
+    return worst
 
 
-def timed(run):
-    """Seconds of one call."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
+def timed(provider, device, hot):
+    """Milliseconds of one run."""
+    state = provider.setup()
+    if device == "cpu":
+        start = time.perf_counter()
+        outputs = provider.run(*state)
+        elapsed = (time.perf_counter() - start) * 1e3
+        del outputs  # giving memory back is not part of it
+        return elapsed
+    if not hot:
+        l2_filler().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    provider.run(*state)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
-def extra_mb(run):
-    """Peak memory of one call above what was resident before, results included, in MB."""
-    if torch.cuda.is_available():
+@functools.cache
+def l2_filler():
+    """A buffer that, written, leaves nothing else in the L2 cache."""
+    size = 4 * torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def extra_mb(provider, device):
+    """Peak memory of one run above what was there before, results included, in MB."""
+    state = provider.setup()
+    if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        provider.run(*state)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier runs would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak back to its present size
     before = resident_kb("VmRSS")
-    run()
-    return (resident_kb("VmHWM") - before) / 2**10
+    provider.run(*state)
+    return (resident_kb("VmHWM") - before) * 1024 / 1e6
 
 
 def resident_kb(key):
@@ -116,15 +293,8 @@ def resident_kb(key):
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def machine(device):
-    """Where the numbers come from."""
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": model[0].split(": ")[1] if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+def save(report, path):
+    """Whole or not at all: what an interrupted run has written stays readable."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(draft, path)

@@ -21,6 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanolmmr1.kernels.attention import Spans, attention
+from nanolmmr1.kernels.mrope import mrope, rope2d
+from nanolmmr1.kernels.rmsnorm import rmsnorm
+from nanolmmr1.kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        y = x.float() if x.dtype.itemsize < 4 else x
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    def forward(self, x, residual=None):
+        """Normed x; given a residual, normed x + residual, and that sum."""
+        return rmsnorm(x, self.weight, self.eps, residual=residual)
 
 
 class MLP(nn.Module):
@@ -83,40 +85,25 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding: x (T, heads, D); cos, sin (T, D / 2), the two halves of D turned together."""
-    a, b = x.to(cos.dtype).chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-def mrope(positions, cfg, dtype=torch.float32):
-    """cos, sin (T, D / 2) of 3-D positions (3, T): columns go to time, height, width by section."""
-    half = cfg.head_dim // 2
-    inv_freq = 1 / cfg.rope_theta ** (torch.arange(half, device=positions.device, dtype=dtype) / half)
-    axis = torch.repeat_interleave(torch.tensor(cfg.mrope_section, device=positions.device))  # (D / 2,): 0 t, 1 h, 2 w
-    angle = positions[axis].T.to(dtype) * inv_freq  # (T, D / 2)
-    return angle.cos(), angle.sin()
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LanguageAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.dim = cfg.head_dim
+        self.dim, self.theta, self.section = cfg.head_dim, cfg.rope_theta, cfg.mrope_section
         width, kv_width = cfg.num_attention_heads * self.dim, cfg.num_key_value_heads * self.dim
         self.q_proj = nn.Linear(cfg.hidden_size, width, bias=True)
         self.k_proj = nn.Linear(cfg.hidden_size, kv_width, bias=True)
         self.v_proj = nn.Linear(cfg.hidden_size, kv_width, bias=True)
         self.o_proj = nn.Linear(width, cfg.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, positions, attend):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (T, heads, D)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1))
+        q, k = mrope(q, k, positions, theta=self.theta, section=self.section)
+        return self.o_proj(attend(q, k, v).flatten(1))
 
 
 class LanguageBlock(nn.Module):
@@ -127,9 +114,10 @@ class LanguageBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, positions, attend):
+        # The second add could join the next block's norm, but then a checkpoint between blocks would keep two tensors.
+        y, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, attend), residual=x)
+        return x + self.mlp(y)
 
 
 class LanguageModel(nn.Module):
@@ -147,9 +135,10 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
         self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x, cos, sin, spans):
+    def forward(self, x, places, spans, impl):
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # (P, heads, D)
-        return self.proj(attention(rotate(q, cos, sin), rotate(k, cos, sin), v, spans).flatten(1))
+        q, k = rope2d(q, k, places)
+        return self.proj(attention(q, k, v, spans, impl=impl).flatten(1))
 
 
 class VisionBlock(nn.Module):
@@ -160,9 +149,9 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(cfg.hidden_size, 1e-6)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
 
-    def forward(self, x, cos, sin, spans):
-        x = x + self.attn(self.norm1(x), cos, sin, spans)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, places, spans, impl):
+        y, x = self.norm2(self.attn(self.norm1(x), places, spans, impl), residual=x)
+        return x + self.mlp(y)
 
 
 class PatchEmbed(nn.Module):
@@ -217,6 +206,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth))
         self.merger = Merger(cfg)
         self.checkpoint_activations = False
+        self.attention_impl = "auto"
 
     def forward(self, patches, grid):
         """Image embeddings (P / 4, H) of patches (P, patch_dim); grid: (num_images, 3) t, h, w in patches."""
@@ -234,15 +224,10 @@ class VisionTower(nn.Module):
         places = torch.cat(places).to(patches.device).view(-1, unit, 2)[order].flatten(0, 1)  # (P, 2)
 
         x = self.patch_embed(patches).view(len(order), unit, -1)[order].flatten(0, 1)  # (P, hidden)
-        kind = torch.promote_types(x.dtype, torch.float32)
-        quarter = cfg.hidden_size // cfg.num_heads // 4
-        inv_freq = 1 / 10000.0 ** (torch.arange(quarter, device=x.device, dtype=kind) / quarter)
-        angle = (places[:, :, None] * inv_freq).flatten(1)  # (P, D / 2): rows turn the first half, columns the second
-        cos, sin = angle.cos(), angle.sin()
         full, local = _even_spans(frames), _even_spans(windows)
         for index, block in enumerate(self.blocks):
             spans = full if index in cfg.fullatt_block_indexes else local
-            x = maybe_checkpoint(self, block, x, cos, sin, spans)
+            x = maybe_checkpoint(self, block, x, places, spans, self.attention_impl)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return self.merger(x)[back]
@@ -295,7 +280,6 @@ class Qwen25VL(nn.Module):
         x = self.model.embed_tokens(ids)  # (T, H)
         if images is not None:
             x = x.index_copy(0, image_slots, images.to(x.dtype))
-        cos, sin = mrope(positions, self.cfg, torch.promote_types(x.dtype, torch.float32))
         for layer, block in enumerate(self.model.layers):
-            x = maybe_checkpoint(self, block, x, cos, sin, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+            x = maybe_checkpoint(self, block, x, positions, lambda q, k, v, layer=layer: attend(layer, q, k, v))
         return self.model.norm(x)

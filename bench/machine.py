@@ -1,0 +1,77 @@
+"""The machine under a bench: what its numbers are compared with, and what must be written beside them.
+
+Next: harness.py.
+"""
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200: a large matrix product on random data and a large copy; the
+# H100 SXM has its arithmetic. Bandwidth of the other two, and all of the A100: data sheets. PCIe parts are other chips.
+PEAKS = {
+    "NVIDIA H200": (790e12, 4.3e12),
+    "NVIDIA H100 80GB HBM3": (790e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+}
+
+
+def peaks(device):
+    """(FLOP/s, bytes/s) of the chip, or None where nobody has said."""
+    return PEAKS.get(torch.cuda.get_device_name()) if device == "cuda" else None
+
+
+def floor_ms(flops, nbytes, peaks):
+    """Milliseconds that no implementation can beat, or None on an unknown chip."""
+    if not peaks:
+        return None
+    rate, bandwidth = peaks
+    return max(flops / rate, nbytes / bandwidth) * 1e3
+
+
+def capacity(device):
+    """Bytes of memory."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine(device):
+    """Where the numbers come from."""
+    cuda = device == "cuda"
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "peaks": peaks(device),
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cpu": model[0].split(": ")[1] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "triton": installed("triton"),
+        "liger": installed("liger-kernel"),
+        "commit": first_line("git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def first_line(*command):
+    """Of a program's output, or None where there is no such program or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split("\n")[0].strip() or None

@@ -1,0 +1,208 @@
+"""Rotary embedding for 3-D positions (`mrope`), and the vision tower's 2-D one (`rope2d`).
+
+    angle[t, j] = positions[axis(j), t] * freq[j],    j < D / 2
+    (a, b) -> (a cos - b sin, b cos + a sin)          a, b: columns j and j + D / 2 of a head
+
+Columns go to the axes by section: in `mrope` freq[j] = theta^(-2j / D) over all of them, in `rope2d` rows turn the
+first half of the D / 2 columns and columns the second, each half with the frequencies theta^(-4j / D).
+
+A rotation's transpose is the rotation by minus the angle, so backward is the same kernel with -sin, and nothing of
+q and k is saved. Even so they are not turned in place: they are views of a Linear's output, where fused with v's
+storage too, and what Triton writes autograd does not see, so a value that somebody saved would be lost silently.
+
+Source: Su et al. 2021 (arXiv 2104.09864), eq. 34; Qwen2-VL (arXiv 2409.12191), section 2.1, M-RoPE.
+Next: attention.py, which gets what this returns.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from . import _triton
+
+# Bytes that a program holds of each column, warps: at 64 columns a thread then loads 16 bytes at a time.
+CONFIGS = {0: (16, 1), 80: (32, 4), 90: (32, 4), 100: (32, 4)}
+
+
+def rotary_ref(q, k, positions, freq, section):
+    """The definition: column j turns by positions[axis(j)] * freq[j]."""
+    axis = torch.repeat_interleave(torch.tensor(section, device=q.device))  # (D / 2,)
+    angle = positions[axis].T.to(freq.dtype) * freq  # (T, D / 2)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D / 2) each
+
+    def turn(x):
+        a, b = x.to(cos.dtype).chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """cos and sin of fp32 angles to fp32 rounding, for angles up to 2^31.
+
+    tl.sin and tl.cos become libdevice's, which are exact too (and not sin.approx), but each reduces the angle anew, and
+    beyond 105,615 by a loop over an array in local memory that the kernel pays stack for. fp64 reduces in two lines.
+    """
+    wide = angle.to(tl.float64)
+    quarter_turns = tl.floor(wide * 0.6366197723675814 + 0.5)  # 2 / pi
+    r = (wide - quarter_turns * 1.5707963267948966).to(tl.float32)  # in [-pi / 4, pi / 4]
+    z = r * r
+    # Taylor; the first terms left out are below 2^-25, half a bit of the result.
+    sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
+    quadrant = quarter_turns.to(tl.int32) & 3
+    odd = (quadrant & 1) == 1
+    return (
+        tl.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0) * tl.where(odd, sin, cos),
+        tl.where(quadrant >= 2, -1.0, 1.0) * tl.where(odd, cos, sin),
+    )
+
+
+@triton.jit
+def _turn_heads(
+    x, out, token_stride, head_stride, tokens, cols, mask, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    first = x + tokens[:, None] * token_stride + cols
+    to = out + tokens[:, None] * (HEADS * 2 * HALF) + cols
+    for head in range(HEADS):
+        at = first + head * head_stride
+        a = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # (T, D / 2) of the block
+        b = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(to + head * 2 * HALF, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
+        tl.store(to + head * 2 * HALF + HALF, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotary_kernel(
+    q, k, q_out, k_out, positions, freq, q_token, q_head, k_token, k_head, position_axis, position_token, T,
+    SIGN: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+    SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens, all heads: an angle's cos and sin are made once."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (tokens[:, None] < T) & (cols < HALF)
+    at, kept = positions + tokens * position_token, tokens < T
+    position = tl.load(at, mask=kept, other=0)[:, None]  # (T, 1) of the block, then (T, D / 2)
+    position = tl.where(cols < SECOND, position, tl.load(at + position_axis, mask=kept, other=0)[:, None])
+    if THIRD < HALF:
+        position = tl.where(cols < THIRD, position, tl.load(at + 2 * position_axis, mask=kept, other=0)[:, None])
+    # Rounded to fp32 before cos and sin, as in the reference: at 100,000 the product's rounding is what counts.
+    cos, sin = _cos_sin(position.to(tl.float32) * tl.load(freq + cols, mask=cols < HALF, other=0.0))
+    _turn_heads(q, q_out, q_token, q_head, tokens, cols, mask, cos, SIGN * sin, Q_HEADS, HALF)
+    _turn_heads(k, k_out, k_token, k_head, tokens, cols, mask, cos, SIGN * sin, K_HEADS, HALF)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, positions, freq, section):
+        ctx.save_for_backward(positions, freq)
+        ctx.section = section
+        return _launch(q, k, positions, freq, section, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        # Upstream gradients come as autograd made them, a sum's with strides of 0.
+        dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))
+        return *_launch(dq, dk, *ctx.saved_tensors, ctx.section, -1), None, None, None
+
+
+def _launch(q, k, positions, freq, section, sign):
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))  # contiguous
+    (T, q_heads, dim), k_heads = q.shape, k.shape[1]
+    width, warps = CONFIGS[_triton.arch(q.device)]
+    block = width // q.element_size()
+    second, third = section[0], section[0] + section[1]  # where these axes' columns begin
+    with _triton.on(q.device):
+        _rotary_kernel[(triton.cdiv(T, block),)](
+            q, k, q_out, k_out, positions, freq, *q.stride()[:2], *k.stride()[:2], *positions.stride(), T,
+            SIGN=sign, Q_HEADS=q_heads, K_HEADS=k_heads, HALF=dim // 2, SECOND=second, THIRD=third,
+            BLOCK_T=block, BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=warps,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def mrope(q, k, positions, *, theta, section, impl="auto"):
+    """Turn queries and keys by their tokens' 3-D positions, differentiable in q and k.
+
+    Args:
+        q: (T, Hq, D); k: (T, Hkv, D), one dtype; rows and heads may lie anywhere, as in slices of a fused qkv.
+        positions: (3, T) int32 or int64, time / height / width, of magnitude below 2^24.
+        theta: base of the frequencies.
+        section: how many of the D / 2 columns turn by time, height and width.
+        impl: "auto" ("triton" for CUDA tensors but fp64, else "reference"), "triton" or "reference".
+
+    Returns:
+        q, k turned: new contiguous tensors in their dtype; cos, sin and products are fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown impl.
+    """
+    if len(section) != 3 or min(section) < 0 or 2 * sum(section) != q.shape[-1]:
+        raise ValueError(f"section {tuple(section)}: want three counts that add up to D / 2, D={q.shape[-1]}")
+    return _rotary(q, k, positions, _freq(theta, q.shape[-1] // 2, 1, _kind(q), q.device), tuple(section), impl)
+
+
+def rope2d(q, k, places, *, theta=10000.0, impl="auto"):
+    """Turn queries and keys of the vision tower by their patches' rows and columns, differentiable in q and k.
+
+    Args:
+        q, k: (P, heads, D), as in `mrope`.
+        places: (P, 2) int32 or int64, row and column of each patch.
+        theta, impl: as in `mrope`.
+
+    Returns:
+        As `mrope`.
+
+    Raises:
+        ValueError: D no multiple of 4, and as `mrope`.
+    """
+    if q.shape[-1] % 4:
+        raise ValueError(f"q {tuple(q.shape)}: D={q.shape[-1]} must be a multiple of 4")
+    if places.ndim != 2:
+        raise ValueError(f"places {tuple(places.shape)}: want (P, 2), row and column")
+    quarter = q.shape[-1] // 4
+    return _rotary(q, k, places.T, _freq(theta, quarter, 2, _kind(q), q.device), (quarter, quarter), impl)
+
+
+def _rotary(q, k, positions, freq, section, impl):
+    if q.ndim != 3 or k.ndim != 3 or k.shape[::2] != q.shape[::2] or q.dtype != k.dtype:
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}: want (T, Hq, D), (T, Hkv, D), one dtype"
+        )
+    if positions.shape != (len(section), len(q)) or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions of {positions.shape[1:].numel()} tokens on {len(positions)} axes, {positions.dtype}: "
+            f"want {len(q)} on {len(section)}, int32 or int64"
+        )
+    if impl == "auto":
+        impl = "triton" if q.is_cuda and q.dtype != torch.float64 else "reference"
+    if impl == "reference":
+        return rotary_ref(q, k, positions, freq, section)
+    if impl != "triton":
+        raise ValueError(f"impl={impl!r}: one of auto, triton, reference")
+    if q.dtype == torch.float64:
+        raise ValueError('q and k are float64: impl="triton" computes in float32, use impl="reference"')
+    # One head of one token of each: these must be whole, while tokens and heads may lie apart.
+    _triton.check_device(q=q[:1, :1], k=k[:1, :1], positions=positions[:1, :1])
+    return _Rotary.apply(q, k, positions, freq, section)
+
+
+def _kind(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@lru_cache
+def _freq(theta, count, copies, dtype, device):
+    """(copies * count,) angles per position.
+
+    fp32 powers, made on the CPU: as in the published models, and alike for all devices. At position 100,000 one bit of
+    a frequency turns a column by 0.006.
+    """
+    with torch.inference_mode(False):  # such a tensor could not be saved for backward by a later caller
+        return (1 / theta ** (torch.arange(count, dtype=dtype) / count)).repeat(copies).to(device)

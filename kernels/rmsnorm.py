@@ -1,0 +1,176 @@
+"""RMSNorm, alone or behind a residual add.
+
+    s = x + residual                          (s = x without one)
+    n = s r,   r = 1 / sqrt(mean(s^2) + eps)  in fp32, then rounded to s's dtype
+    y = weight n
+
+With m = weight dy, by row:
+    ds = r (m - n mean(m n)) + ds_upstream,   dx = dresidual = ds,   dweight = sum over rows of dy n
+
+Saved: s, weight and r. A fixed number of programs walk over the rows in backward, each with its own row of partial
+dweight, and torch adds those up: no atomics, so two runs agree to the bit.
+
+Dtypes follow torch's promotion, as under autocast they differ: the language model's residual stream is fp32 and what
+its branches add to it is bf16; the vision tower's stream is bf16 and all weights are fp32. Liger's functions give
+all they return x's dtype, so a bf16 branch would round the fp32 residual stream to bf16 at every layer, without
+a word. Its fused add also launches on whichever device is current, and neither runs under Triton's interpreter. Hence
+"auto" takes ours, and `impl="liger"`, for comparison, wants one dtype.
+
+Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
+Next: mrope.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from . import _triton
+
+MAX_SIZE = 16384  # of H: a row is held in registers
+# Columns of a warp: a thread's 8 are 16 bytes of bf16. Programs per SM that share the rows in backward.
+CONFIGS = {0: (256, 1), 80: (256, 4), 90: (256, 4), 100: (256, 4)}
+
+
+def rmsnorm_ref(x, weight, eps, residual=None):
+    """The definition, statistics in fp32 or better."""
+    s = x if residual is None else x + residual
+    n = s.float() if s.dtype.itemsize < 4 else s
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    y = weight * n.to(s.dtype)
+    return y if residual is None else (y, s)
+
+
+@triton.jit
+def _forward_kernel(
+    x, residual, weight, y, s, r, EPS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr
+):
+    """One row. Without a residual, s is x."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)
+    at, mask = row * H + cols, cols < H
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)  # (H,)
+    if ADD:
+        v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        total = v.to(s.dtype.element_ty)
+        tl.store(s + at, total, mask=mask)
+        v = total.to(tl.float32)  # what is normed is the sum as the next layer gets it
+    rstd = tl.rsqrt(tl.sum(v * v, 0) / H + EPS)
+    tl.store(r + row, rstd)
+    n = (v * rstd).to(s.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, (w * n).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy, ds, s, weight, r, dx, dweight, T,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th row, and their part of dweight."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)
+    mask = cols < H
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_H,), tl.float32)
+    for row in range(program, T, tl.num_programs(0)):
+        at = row * H + cols
+        d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)  # (H,)
+        rstd = tl.load(r + row)
+        n = tl.load(s + at, mask=mask, other=0.0).to(tl.float32) * rstd  # (H,)
+        m = w * d
+        dv = rstd * (m - n * (tl.sum(m * n, 0) / H))
+        if ADD:
+            dv += tl.load(ds + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, dv.to(dx.dtype.element_ty), mask=mask)
+        if WEIGHT:
+            dw += d * n.to(s.dtype.element_ty).to(tl.float32)
+    if WEIGHT:
+        tl.store(dweight + program * H + cols, dw, mask=mask)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual):
+        add = residual is not None
+        T, H = x.shape
+        s = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device) if add else x
+        y = torch.empty(x.shape, dtype=torch.promote_types(s.dtype, weight.dtype), device=x.device)  # (T, H)
+        r = torch.empty(T, dtype=torch.float32, device=x.device)
+        with _triton.on(x.device):
+            _forward_kernel[(T,)](x, residual, weight, y, s, r, EPS=eps, ADD=add, **_shape(x))
+        ctx.save_for_backward(s, weight, r)
+        ctx.dtypes = x.dtype, residual.dtype if add else None
+        return (y, s) if add else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds=None):
+        s, weight, r = ctx.saved_tensors
+        (T, H), (x_dtype, residual_dtype) = s.shape, ctx.dtypes
+        # Upstream gradients come as autograd made them, a sum's with strides of 0.
+        dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
+        programs = min(T, CONFIGS[_triton.arch(s.device)][1] * _triton.num_sms(s.device))
+        dx = torch.empty_like(s)  # (T, H)
+        partial = torch.empty(programs, H, dtype=torch.float32, device=s.device) if ctx.needs_input_grad[1] else None
+        with _triton.on(s.device):
+            _backward_kernel[(programs,)](
+                dy, ds, s, weight, r, dx, partial, T, ADD=ds is not None, WEIGHT=partial is not None, **_shape(s)
+            )
+        dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+        return dx.to(x_dtype), dweight, None, None if residual_dtype is None else dx.to(residual_dtype)
+
+
+def _shape(x):
+    """Constants of a launch."""
+    block = triton.next_power_of_2(x.shape[1])
+    warps = block // CONFIGS[_triton.arch(x.device)][0]
+    return dict(H=x.shape[1], BLOCK_H=block, num_warps=min(32, max(1, warps)))
+
+
+def rmsnorm(x, weight, eps, *, residual=None, impl="auto"):
+    """weight * s / sqrt(mean(s^2) + eps) with s = x + residual, differentiable in all three tensors.
+
+    Args:
+        x: (T, H); weight: (H,); residual: (T, H) or None. Dtypes may differ; for "triton" contiguous and not fp64.
+        eps: Python float, as it is compiled in.
+        impl: "auto" ("triton" for CUDA tensors but fp64, else "reference"), "triton", "reference", or "liger".
+
+    Returns:
+        y (T, H) in the dtype of weight * s, or with a residual (y, s), s being the next residual.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown impl, or one that cannot take these tensors.
+    """
+    if x.ndim != 2 or weight.shape != x.shape[1:] or residual is not None and residual.shape != x.shape:
+        more = "" if residual is None else f", residual {tuple(residual.shape)}"
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}{more}: want (T, H), (H,) and like x")
+    tensors = dict(x=x, weight=weight) | ({} if residual is None else dict(residual=residual))
+    dtypes = {t.dtype for t in tensors.values()}
+    if impl == "auto":
+        impl = "triton" if x.is_cuda and torch.float64 not in dtypes else "reference"
+    if impl == "reference":
+        return rmsnorm_ref(x, weight, eps, residual)
+    if impl not in ("triton", "liger"):
+        raise ValueError(f"impl={impl!r}: one of auto, triton, liger, reference")
+    if torch.float64 in dtypes:
+        raise ValueError(f'{", ".join(tensors)}: one is float64, impl="{impl}" computes in float32, use "reference"')
+    if x.shape[1] > MAX_SIZE:
+        raise ValueError(f'H={x.shape[1]}: impl="{impl}" holds rows of up to {MAX_SIZE}, use "reference"')
+    _triton.check_device(**tensors)
+    return _RMSNorm.apply(x, weight, eps, residual) if impl == "triton" else _liger(x, weight, eps, residual)
+
+
+def _liger(x, weight, eps, residual):
+    if len({t.dtype for t in (x, weight, residual) if t is not None}) > 1:
+        raise ValueError(f'x is {x.dtype}: impl="liger" rounds all to it, so weight and residual must be as well')
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except ImportError as error:
+        raise ValueError('impl="liger" needs the package: pip install liger-kernel') from error
+    with _triton.on(x.device):
+        # in_place=False: else the upstream gradient, which may have other readers, is overwritten with dx.
+        if residual is None:
+            return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False, True)
+        return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "llama", False)
