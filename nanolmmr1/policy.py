@@ -13,7 +13,7 @@ import torch
 from nanolmmr1.config import UserError
 from nanolmmr1.kernels.attention import attention
 from nanolmmr1.kernels.linear_logprob import linear_logprob
-from nanolmmr1.kernels.linear_loss import linear_loss
+from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import needs_whole_sequences, policy_loss, policy_stats
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
@@ -33,6 +33,7 @@ class Policy:
         self.device = model.head.device
         self.reference = None
         model.checkpoint_activations = model.visual.checkpoint_activations = cfg.pack.checkpoint_activations
+        model.visual.attention_impl = cfg.pack.attention
 
     def start_phase(self, phase):
         """Set which parts learn, and begin a fresh AdamW over them.
@@ -77,10 +78,11 @@ class Policy:
                 contextlib.nullcontext() if any(p.requires_grad for p in model.visual.parameters()) else torch.no_grad()
             ):
                 images = model.visual(pack.patches, pack.grid)
-        hidden = model(
-            pack.ids, pack.positions, lambda layer, q, k, v: attention(q, k, v, pack.spans), images, pack.image_slots
-        )
-        return hidden.index_select(0, pack.rows)
+
+        def attend(layer, q, k, v):
+            return attention(q, k, v, pack.spans, impl=self.cfg.pack.attention)
+
+        return model(pack.ids, pack.positions, attend, images, pack.image_slots).index_select(0, pack.rows)
 
     def score(self, pack, temperature, model=None):
         """Log-probs and entropies (N,) of the pack's scored tokens, under `model` (default: the policy)."""
@@ -94,6 +96,7 @@ class Policy:
                 temperature=temperature,
                 banned=self.banned_ids,
                 chunk_tokens=self.cfg.pack.head_chunk_tokens,
+                impl=self.cfg.pack.head,
             )
 
     def learn(self, pack, tokens, objective, temperature):
@@ -110,10 +113,13 @@ class Policy:
                 self.model.head.to(self.dtype),
                 pack.target,
                 lambda logp, entropy, rows: policy_loss(logp, entropy, tokens[rows], objective),
+                fused=fused_objective(tokens, objective),
                 temperature=temperature,
                 banned=self.banned_ids,
                 chunk_tokens=self.cfg.pack.head_chunk_tokens,
                 two_pass=needs_whole_sequences(objective),
+                logits_dtype=getattr(torch, self.cfg.pack.head_logits),
+                impl=self.cfg.pack.head,
             )
         loss.backward()
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach()}
@@ -144,6 +150,28 @@ class Policy:
             p = self.trained[name]
             # AdamW's fused update wants its step counts beside the parameters.
             self.optimizer.state[p][key] = value.to(p.device)
+
+
+def fused_objective(tokens, objective):
+    """`policy_loss` of these tokens as the head's row kernel takes it, or None where one token's loss reads others."""
+    if needs_whole_sequences(objective):
+        return None
+    return FusedObjective(
+        advantage=tokens.advantage,
+        weight=tokens.weight,
+        old_logp=tokens.old_logp,
+        ref_logp=tokens.ref_logp,
+        sampler_logp=tokens.sampler_logp,
+        loss_type=objective.loss_type,
+        clip_ratio_low=objective.clip_ratio_low,
+        clip_ratio_high=objective.clip_ratio_high,
+        clip_ratio_dual=objective.clip_ratio_dual,
+        kl_coef=objective.kl_coef if objective.kl_place == "loss" else 0.0,
+        kl_estimator=objective.kl_estimator,
+        kl_ratio=objective.kl_ratio,
+        entropy_coef=objective.entropy_coef,
+        tis_cap=objective.tis_cap,
+    )
 
 
 def learning_rate(phase, optim, step):

@@ -104,6 +104,27 @@ def test_neither_update_nor_record_depends_on_how_tokens_are_packed(tmp_path, ob
                 assert record[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.parametrize("objective", [
+    {"algorithm": "dapo", "entropy_coef": 0.01, "kl_coef": 0.1, "clip_ratio_dual": 3.0, "tis_cap": 2.0},
+    {"algorithm": "cispo", "kl_coef": 0.1, "kl_estimator": "k2", "kl_ratio": True},
+    {"algorithm": "gspo"},
+], ids=lambda objective: objective["algorithm"])
+def test_steps_through_the_triton_kernels_equal_those_through_torch(tmp_path, objective):
+    outcomes = []
+    for route in ({}, {"attention": "triton", "head": "triton"}):
+        trainer = small_trainer(tmp_path / str(len(route)), reference=small_model(seed=1), objective=objective,
+                                phase={"lr": 1.0, "updates_per_rollout": 2, "prompts_per_step": 2}, pack=route,
+                                optim={"eps": 1.0, "max_grad_norm": 1e9})  # the update is the gradient, not its sign
+        start = weights_of(trainer)
+        records = [trainer.step() for _ in range(2)]
+        outcomes.append((records, weights_of(trainer) - start))
+    (gold, moved), (records, ours) = outcomes
+    assert (ours - moved).norm() < 1e-3 * moved.norm()
+    for record, want in zip(records, gold, strict=True):
+        for key in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "reward/overall"):
+            assert record[key] == pytest.approx(want[key], rel=1e-3, abs=1e-5), key
+
+
 def test_later_updates_on_a_rollout_are_off_policy_and_compare_with_the_first(tmp_path):
     once = small_trainer(tmp_path / "1", phase={"lr": 0.02}).step()
     twice = small_trainer(tmp_path / "2", phase={"lr": 0.02, "updates_per_rollout": 2}).step()
