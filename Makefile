@@ -7,7 +7,7 @@ BIN := .venv/bin
 train: .venv/ready  ## the embedded three-phase run on a CPU, about ten minutes
 	$(BIN)/python train.py
 
-test: .venv/ready
+test: .venv/ready .venv/triton-3.6.0
 	$(BIN)/python -m pytest
 
 lint: .venv/ready
@@ -23,6 +23,10 @@ bench: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
+
+# The Triton of torch 2.11, unpacked beside the environment's own: tests compile the kernels with both.
+.venv/triton-3.6.0: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf .venv runs
