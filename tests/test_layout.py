@@ -168,3 +168,13 @@ def test_hugging_faces_kernels_package_works_beside_ours():
         pytest.skip("needs Hugging Face's `kernels` package")
     found, ours, _ = run_python(BESIDE, ROOT)
     assert "site-packages" in found and Path(ours) == ROOT / "kernels" / "attention.py"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_say_what_masked_loads_give_and_add_nothing_in_random_order(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            keywords = {keyword.arg for keyword in node.keywords}
+            # The interpreter fills in zeros, a GPU whatever was there.
+            assert "mask" not in keywords or "other" in keywords, f"line {node.lineno}"
+        assert "atomic" not in getattr(node, "attr", ""), f"line {node.lineno}"
