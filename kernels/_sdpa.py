@@ -64,7 +64,8 @@ class _Batch:
 
     def to(self, device):
         if self.q_index.device != device:
-            self.q_index, self.k_index, self.rows = (x.to(device) for x in (self.q_index, self.k_index, self.rows))
+            with torch.inference_mode(False):
+                self.q_index, self.k_index, self.rows = (x.to(device) for x in (self.q_index, self.k_index, self.rows))
         return self
 
     def mask(self, group, dtype, device):
@@ -72,8 +73,9 @@ class _Batch:
         if self.hidden is None:
             return None
         if (group, dtype, device) not in self._masks:
-            mask = torch.zeros(self.hidden.shape, dtype=dtype).masked_fill(self.hidden, float("-inf"))
-            self._masks[group, dtype, device] = mask.repeat(1, group, 1).unsqueeze(1).to(device)
+            with torch.inference_mode(False):  # it may serve training next
+                mask = torch.zeros(self.hidden.shape, dtype=dtype).masked_fill(self.hidden, float("-inf"))
+                self._masks[group, dtype, device] = mask.repeat(1, group, 1).unsqueeze(1).to(device)
         return self._masks[group, dtype, device]
 
 

@@ -16,8 +16,11 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-def check_device(**tensors):
+def check_device(impl="triton", dense_axes=None, **tensors):
     """Refuse tensors that no Triton kernel could read.
+
+    Args:
+        dense_axes: how many last axes must be dense; None: all.
 
     Raises:
         ValueError: naming the tensor, and what to do.
@@ -26,18 +29,22 @@ def check_device(**tensors):
     if len(devices) > 1:
         raise ValueError(f"{', '.join(tensors)} lie on {', '.join(sorted(devices))}: move them to one device")
     for name, x in tensors.items():
-        if not x.is_cuda and not INTERPRETED:
-            raise ValueError(f'{name} is on {x.device}: impl="triton" needs CUDA tensors; there is a CPU path')
-        if not x.is_contiguous():
-            raise ValueError(f"{name} has strides {x.stride()} for shape {tuple(x.shape)}: call .contiguous() on it")
+        if not x.is_cuda and not (INTERPRETED and impl == "triton"):
+            raise ValueError(f'{name} is on {x.device}: impl="{impl}" needs CUDA tensors; "auto" takes any')
+        dense = x if dense_axes is None else x[(slice(1),) * (x.ndim - dense_axes)]
+        if not dense.is_contiguous():
+            what = "all axes" if dense_axes is None else f"the last {dense_axes}"
+            raise ValueError(
+                f"{name} {tuple(x.shape)} has strides {x.stride()}: {what} must be dense, call .contiguous() on it"
+            )
 
 
 def arch(device):
     """Which column of a kernel's CONFIGS to use: 80, 90, 100, or 0 for the interpreter's small tiles."""
     if device.type != "cuda":
         return 0
-    major = torch.cuda.get_device_capability(device)[0]
-    return 100 if major >= 10 else 90 if major == 9 else 80
+    # Consumer Blackwell (12) has neither the tensor memory nor the shared memory of 10, so it gets the tiles of 80.
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def num_sms(device):

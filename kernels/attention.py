@@ -292,7 +292,7 @@ class _Attention(torch.autograd.Function):
 
 def attention_triton(q, k, v, spans, scale):
     """`attention` by the kernels above. Only the last axis must be dense, so slices of a fused qkv need no copy."""
-    _triton.check_device(q=q[:1, :1], k=k[:1, :1], v=v[:1, :1])
+    _triton.check_device(dense_axes=1, q=q, k=k, v=v)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'{q.dtype}: impl="triton" takes float32, bfloat16, float16; "sdpa" takes any')
     if q.shape[2] % 8 or not 8 <= q.shape[2] <= 128:
@@ -316,7 +316,7 @@ def attention(q, k, v, spans, *, scale=None, impl="auto"):
         q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv; one dtype.
         spans: `Spans` over the same T. Rows in no span come out as zero.
         scale: of the scores, positive; default 1 / sqrt(D).
-        impl: "auto" goes by the device: "triton" for CUDA tensors, "sdpa" for CPU tensors. By name: "triton" (D a
+        impl: "auto" goes by device and dtype: "triton" for CUDA tensors but fp64, else "sdpa". By name: "triton" (D a
             multiple of 8 up to 128; fp32, bf16 or fp16; any strides but unit stride in D), "varlen" (torch's flash
             kernels) and "flash" (the flash-attn package; both fp16 or bf16 on a GPU), "sdpa" (padded batches),
             "reference" (the definition).
@@ -328,10 +328,11 @@ def attention(q, k, v, spans, *, scale=None, impl="auto"):
         ValueError: shapes, dtypes, devices, strides or spans that do not fit together or the impl; an unknown impl.
     """
     if impl == "auto":
-        impl = "triton" if q.is_cuda else "sdpa"
+        impl = "triton" if q.is_cuda and q.dtype != torch.float64 else "sdpa"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: one of auto, {', '.join(IMPLS)}")
-    if q.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % k.shape[1]:
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[::2] == q.shape[::2]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
             "want (T, Hq, D), (T, Hkv, D) twice, Hkv dividing Hq"
@@ -341,6 +342,6 @@ def attention(q, k, v, spans, *, scale=None, impl="auto"):
     if spans.num_tokens != q.shape[0]:
         raise ValueError(f"spans describe {spans.num_tokens} tokens, q has {q.shape[0]}")
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    if not 0 < scale < math.inf:
+    if not 1e-30 < scale < 1e30:  # beyond, fp32 makes 0 or infinity of it
         raise ValueError(f"scale={scale}: want a positive finite number")
     return IMPLS[impl](q, k, v, spans, scale)

@@ -42,7 +42,7 @@ def rotary_ref(q, k, positions, freq, section):
 
 @triton.jit
 def _cos_sin(angle):
-    """cos and sin of fp32 angles to fp32 rounding, for angles up to 2^31.
+    """cos and sin of fp32 angles to fp32 rounding, for angles up to 2^24.
 
     tl.sin and tl.cos become libdevice's, which are exact too (and not sin.approx), but each reduces the angle anew, and
     beyond 105,615 by a loop over an array in local memory that the kernel pays stack for. fp64 reduces in two lines.
@@ -188,8 +188,8 @@ def _rotary(q, k, positions, freq, section, impl):
         raise ValueError(f"impl={impl!r}: one of auto, triton, reference")
     if q.dtype == torch.float64:
         raise ValueError('q and k are float64: impl="triton" computes in float32, use impl="reference"')
-    # One head of one token of each: these must be whole, while tokens and heads may lie apart.
-    _triton.check_device(q=q[:1, :1], k=k[:1, :1], positions=positions[:1, :1])
+    _triton.check_device(dense_axes=1, q=q, k=k)
+    _triton.check_device(dense_axes=0, q=q, positions=positions)
     return _Rotary.apply(q, k, positions, freq, section)
 
 

@@ -157,8 +157,10 @@ def rmsnorm(x, weight, eps, *, residual=None, impl="auto"):
         raise ValueError(f'{", ".join(tensors)}: one is float64, impl="{impl}" computes in float32, use "reference"')
     if x.shape[1] > MAX_SIZE:
         raise ValueError(f'H={x.shape[1]}: impl="{impl}" holds rows of up to {MAX_SIZE}, use "reference"')
+    if impl == "liger":
+        return _liger(x, weight, eps, residual)
     _triton.check_device(**tensors)
-    return _RMSNorm.apply(x, weight, eps, residual) if impl == "triton" else _liger(x, weight, eps, residual)
+    return _RMSNorm.apply(x, weight, eps, residual)
 
 
 def _liger(x, weight, eps, residual):
@@ -169,6 +171,7 @@ def _liger(x, weight, eps, residual):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     except ImportError as error:
         raise ValueError('impl="liger" needs the package: pip install liger-kernel') from error
+    _triton.check_device("liger", x=x, weight=weight, **({} if residual is None else dict(residual=residual)))
     with _triton.on(x.device):
         # in_place=False: else the upstream gradient, which may have other readers, is overwritten with dx.
         if residual is None:

@@ -102,11 +102,12 @@ def swiglu(gate, up, *, impl="auto"):
         raise ValueError(f"impl={impl!r}: one of auto, triton, liger, reference")
     if gate.dtype == torch.float64:
         raise ValueError(f'gate and up are float64: impl="{impl}" computes in float32, use impl="reference"')
-    _triton.check_device(gate=gate, up=up)
     if impl == "triton":
+        _triton.check_device(gate=gate, up=up)
         return _SwiGLU.apply(gate, up)
     try:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except ImportError as error:
         raise ValueError('impl="liger" needs the package: pip install liger-kernel') from error
+    _triton.check_device("liger", gate=gate, up=up)
     return LigerSiLUMulFunction.apply(gate, up)

@@ -72,7 +72,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, residual=None):
         """Normed x; given a residual, normed x + residual, and that sum."""
-        return rmsnorm(x, self.weight, self.eps, residual=residual)
+        out = rmsnorm(x, self.weight, self.eps, residual=residual)
+        y, *total = out if residual is not None else (out,)
+        if torch.is_autocast_enabled(x.device.type):
+            # Once here; else each projection that reads y would cast it anew and keep a copy of its own.
+            y = y.to(torch.get_autocast_dtype(x.device.type))
+        return (y, *total) if total else y
 
 
 class MLP(nn.Module):
@@ -206,10 +211,14 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth))
         self.merger = Merger(cfg)
         self.checkpoint_activations = False
-        self.attention_impl = "auto"
 
-    def forward(self, patches, grid):
-        """Image embeddings (P / 4, H) of patches (P, patch_dim); grid: (num_images, 3) t, h, w in patches."""
+    def forward(self, patches, grid, impl="auto"):
+        """Image embeddings (P / 4, H).
+
+        Args:
+            patches: (P, patch_dim); grid: (num_images, 3) t, h, w in patches.
+            impl: of `attention`.
+        """
         cfg, unit = self.cfg, self.cfg.spatial_merge_size**2
         window = cfg.window_size // cfg.spatial_merge_size // cfg.patch_size
         orders, places, windows, frames, start = [], [], [], [], 0
@@ -227,7 +236,7 @@ class VisionTower(nn.Module):
         full, local = _even_spans(frames), _even_spans(windows)
         for index, block in enumerate(self.blocks):
             spans = full if index in cfg.fullatt_block_indexes else local
-            x = maybe_checkpoint(self, block, x, places, spans, self.attention_impl)
+            x = maybe_checkpoint(self, block, x, places, spans, impl)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return self.merger(x)[back]

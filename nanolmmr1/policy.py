@@ -33,7 +33,6 @@ class Policy:
         self.device = model.head.device
         self.reference = None
         model.checkpoint_activations = model.visual.checkpoint_activations = cfg.pack.checkpoint_activations
-        model.visual.attention_impl = cfg.pack.attention
 
     def start_phase(self, phase):
         """Set which parts learn, and begin a fresh AdamW over them.
@@ -77,7 +76,7 @@ class Policy:
             with (
                 contextlib.nullcontext() if any(p.requires_grad for p in model.visual.parameters()) else torch.no_grad()
             ):
-                images = model.visual(pack.patches, pack.grid)
+                images = model.visual(pack.patches, pack.grid, self.cfg.pack.attention)
 
         def attend(layer, q, k, v):
             return attention(q, k, v, pack.spans, impl=self.cfg.pack.attention)

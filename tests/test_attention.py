@@ -404,6 +404,9 @@ def test_triton_in_bf16_at_real_shapes(table, q_heads, kv_heads, dim, device):
         ([[0, 4, 0, 4, 0, 0, 1], [3, 6, 3, 6, 0, 0, 1]], "overlap.* end at 4"),
         ([[0, 4, 0, 5, 0, 0, 1]], "as many own keys as queries"),
         ([[0, 4, 6, 6, 2, 2, 0]], "without any key"),
+        ([[0, 4, 0, 4, 0, 0, 2]], "causal is 0 or 1"),
+        (torch.tensor([[0, 4, 0, 4, 0, 0, 0.5]]), "float32.*integers"),
+        ([[2**32, 2**32 + 4, 0, 4, 0, 0, 1]], "leaves the 10"),
     ],
 )
 def test_impossible_spans_are_refused(table, words):
@@ -430,14 +433,40 @@ Q, KV = torch.zeros(10, 4, 8), torch.zeros(10, 2, 8)
         (dict(q=Q.double(), k=KV.double(), v=KV.double(), impl="triton"), "float64.*float32, bfloat16"),
         (dict(zip("qkv", (x[..., :4] for x in (Q, KV, KV)), strict=True), impl="triton"), "head dim 4.*up to 128"),
         (dict(zip("qkv", (x.repeat(1, 1, 17) for x in (Q, KV, KV)), strict=True), impl="triton"), "head dim 136"),
-        (dict(v=torch.zeros(10, 2, 16)[..., ::2], impl="triton"), r"v has strides.*contiguous\(\)"),
-        (dict(q=Q.to("meta"), impl="triton"), "q, k, v lie on cpu, meta"),
+        (dict(v=torch.zeros(10, 2, 16)[..., ::2], impl="triton"), r"v \(10, 2, 8\) has strides.*contiguous\(\)"),
+        (dict(q=Q.to("meta"), impl="triton"), "q, k, v lie on (cpu|cuda:0), meta"),
+        (dict(k=torch.zeros(10, 2, 8, 5), v=torch.zeros(10, 2, 8, 5)), r"k \(10, 2, 8, 5\)"),
+        (dict(k=torch.zeros(10, 0, 8), v=torch.zeros(10, 0, 8)), r"k \(10, 0, 8\)"),
+        (dict(scale=1e-46), "scale=1e-46"),
     ],
 )
-def test_wrong_use_is_refused(changes, words):
+def test_wrong_use_is_refused(changes, words, device):
     arguments = dict(q=Q, k=KV, v=KV, spans=Spans(chain([10], 1), 10)) | changes
+    for name, value in arguments.items():
+        if torch.is_tensor(value) and value.device.type == "cpu":
+            arguments[name] = value.to(device)
     with pytest.raises(ValueError, match=words):
         attention(**arguments)
+
+
+def test_a_plan_made_in_inference_mode_serves_training():
+    tokens, table = TABLES["shared prefix"]
+    spans, tensors = Spans(table, tokens), qkv(tokens, 4, 2)
+    with torch.inference_mode():
+        attention(*tensors, spans, impl="sdpa")
+    again = run(lambda q, k, v: attention(q, k, v, spans, impl="sdpa"), tensors)
+    assert error(again, run(lambda q, k, v: dense(q, k, v, spans, 0.25), tensors)) <= 1e-12
+
+
+def test_spans_keep_a_copy_of_their_table():
+    table = torch.tensor([[0, 4, 0, 4, 0, 0, 1]], dtype=torch.int32)
+    spans = Spans(table, 10)
+    table.zero_()
+    assert spans.table.tolist() == [[0, 4, 0, 4, 0, 0, 1]]
+
+
+def test_an_empty_span_overlaps_nothing():
+    assert len(Spans([[0, 4, 0, 4, 0, 0, 1], [2, 2, 2, 2, 0, 0, 1], [4, 5, 4, 5, 0, 0, 1]], 10).table) == 3
 
 
 def test_cpu_tensors_have_a_path_of_their_own(monkeypatch):

@@ -52,6 +52,7 @@ def cpu_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
 
 def cpu_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale):
     assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q))
+    assert all(x.stride(-1) == 1 for x in (dout, q, k, v, out))  # as flash kernels want
     grads, group = [torch.empty_like(x) for x in (q, k, v)], q.shape[1] // k.shape[1]
     for rows, keys in per_sequence(cu_q, cu_k, max_q, max_k):
         do, query, o = heads_first(1, dout[rows], q[rows], out[rows])

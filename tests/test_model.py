@@ -47,6 +47,12 @@ def hidden_states(model, pack, spans, impl="sdpa"):
     return model(pack.ids, pack.positions, attend, images, pack.image_slots)
 
 
+def test_the_vision_tower_attends_by_the_impl_it_is_given(tiny, prompts):
+    model, prompt = weights.load(tiny), prompts["one image"]
+    with pytest.raises(ValueError, match='impl="varlen"'):  # which a CPU does not have
+        model.visual(prompt.patches, prompt.grid, "varlen")
+
+
 def scored_hidden(model, pack):
     """(N, H)"""
     return hidden_states(model, pack, pack.spans).index_select(0, pack.rows)

@@ -170,7 +170,7 @@ def test_auto_goes_by_device_and_fp64_to_the_reference(device):
 def test_the_reference_takes_strided_tensors_and_the_kernel_refuses_them(device):
     gate, up = (t.to(device) for t in make((5, 40), torch.float32))
     assert torch.allclose(swiglu(gate[:, ::2], up[:, ::2], impl="reference"), swiglu(gate, up)[:, ::2])
-    with pytest.raises(ValueError, match=r"up has strides \(40, 1\).*contiguous"):
+    with pytest.raises(ValueError, match=r"up .* has strides \(40, 1\).*contiguous"):
         swiglu(gate[:, :20].contiguous(), up[:, :20], impl="triton")
 
 

@@ -18,7 +18,7 @@ class LocalSampler:
     """Samples from the very modules that are trained, so there are no weights to hand over.
 
     Args:
-        policy: offers `model`, `device` and `autocast()`.
+        policy: offers `model`, `cfg`, `device` and `autocast()`.
         max_sequences: responses decoded together; bounds the KV cache.
     """
 
@@ -62,6 +62,7 @@ class _Decoder:
 
     def __init__(self, policy, prompts, params, seeds):
         self.model, self.device, self.params, self.prompts = policy.model, policy.device, params, prompts
+        self.attention = policy.cfg.pack.attention
         G = params.num_responses
         uniforms = [response_uniforms(seed, g, params.max_tokens) for seed in seeds for g in range(G)]
         self.uniforms = torch.from_numpy(np.stack(uniforms)).to(self.device)  # (B * G, R) float64
@@ -110,13 +111,13 @@ class _Decoder:
             torch.arange(index.shape[1]) >= lengths[:, None], float("-inf")
         )
         self.mask = self.mask[:, None, None].to(self.device)  # (B, 1, 1, P)
-        self.prefix = {}
+        self.prefix, impl = {}, self.attention
 
         def attend(layer, q, k, v):
             self.prefix[layer] = tuple(x[index].transpose(1, 2).contiguous() for x in (k, v))  # (B, Hkv, P, D)
-            return attention(q, k, v, spans)
+            return attention(q, k, v, spans, impl=impl)
 
-        images = self.model.visual(packed.patches, packed.grid) if len(packed.grid) else None
+        images = self.model.visual(packed.patches, packed.grid, impl) if len(packed.grid) else None
         hidden = self.model(packed.ids, packed.positions, attend, images, packed.image_slots)  # (T, H)
         return hidden[(ends - 1).to(self.device)]
 
