@@ -159,16 +159,16 @@ def attention(dtype):
         attention_op.attention(q, k, v, spans, impl="triton").sum().backward()
 
 
-def head(dtype):
+def head(dtype, size=2048):
     """H as in the model; V only has to be no power of two."""
-    x = torch.randn(64, 2048, dtype=dtype, requires_grad=True)
-    weight = torch.randn(2000, 2048, dtype=dtype, requires_grad=True)
+    x = torch.randn(64, size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2000, size, dtype=dtype, requires_grad=True)
     return x, weight, torch.arange(64)
 
 
 def linear_logprob(dtype):
-    for banned in ((), (1990, 1991, 1992, 1993, 1994)):
-        linear_logprob_op.linear_logprob(*head(dtype), banned=banned, impl="triton")
+    for size, banned in ((2048, ()), (2048, (1990, 1991, 1992, 1993, 1994)), (2047, ())):  # the last in unaligned rows
+        linear_logprob_op.linear_logprob(*head(dtype, size), banned=banned, impl="triton")
 
 
 def linear_loss(dtype):
@@ -213,7 +213,7 @@ OPS = (linear_logprob, linear_loss, attention, mrope, rmsnorm, swiglu)
 
 
 def survey(arch):
-    """Resources of everything that can be launched on a chip, one row a compiled kernel."""
+    """Resources of one specialization of each kernel, dtype and route of `OPS` on a chip, one row a compiled kernel."""
     for op in OPS:
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             launches = {}

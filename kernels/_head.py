@@ -39,7 +39,8 @@ def check_head(hidden, weight, target, temperature, banned):
     """Refuse what would compute garbage.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a sharded weight, a target out of range or banned, temperature <= 0.
+        ValueError: wrong shapes or dtypes, a sharded weight, a target or banned id out of range, a banned target,
+            temperature <= 0.
     """
     if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
         raise ValueError("the head's weight is sharded (DTensor): gather it first, as in weight.full_tensor()")
@@ -49,13 +50,15 @@ def check_head(hidden, weight, target, temperature, banned):
         raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one of them")
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target {tuple(target.shape)} {target.dtype}: want ({len(hidden)},) int64")
+    if any(not 0 <= token < len(weight) for token in banned):
+        raise ValueError(f"banned={tuple(banned)}: ids in [0, {len(weight)}) are wanted")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(
             f"targets run from {int(target.min())} to {int(target.max())}, the vocabulary has {len(weight)} rows"
         )
-    if banned and torch.isin(target, torch.tensor(banned, device=target.device)).any():
+    if banned and torch.isin(target, banned_ids(banned, target.device)).any():
         raise ValueError(f"a target is one of the banned tokens {tuple(banned)}: it has no log-probability")
 
 
@@ -65,6 +68,8 @@ def stats_dtype(hidden):
 
 def chunks(hidden, weight, chunk_tokens, dtype):
     """Slices of the token axis, each small enough for its (C, V) buffer of `dtype`."""
+    if chunk_tokens < 0:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: at least 1, or 0 to choose by device and vocabulary")
     fit = CHUNK_BYTES.get(hidden.device.type, 0) // (len(weight) * dtype.itemsize)
     return _cut(len(hidden), chunk_tokens or max(16, fit))
 
@@ -88,7 +93,7 @@ def _cut(count, size):
 
 def banned_ids(banned, device):
     """The ids as a tensor for index_fill_, or None: made once a call, since each costs a copy to the device."""
-    return torch.tensor(banned, device=device) if banned else None
+    return torch.tensor(tuple(banned), device=device) if banned else None
 
 
 def scores(hidden, weight, dtype):

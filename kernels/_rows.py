@@ -73,6 +73,8 @@ def with_target(top, rest, moment, z_y, scale):
 @triton.jit
 def _stats(z_row, y, V, scale, BLOCK: tl.constexpr):
     """`with_target` of one row."""
+    # Here, before the barriers of the sums below: once a warp is past them it may write dz over this very place.
+    z_y = tl.load(z_row + y).to(tl.float32)
     top = tl.full((), LOWEST, tl.float32)
     rest, moment = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # summed over lanes at the end
     for start in range(0, V, BLOCK):
@@ -86,7 +88,7 @@ def _stats(z_row, y, V, scale, BLOCK: tl.constexpr):
         rest += e
         moment += d * e
         top = new
-    return with_target(top, tl.sum(rest, 0), tl.sum(moment, 0), tl.load(z_row + y).to(tl.float32), scale)
+    return with_target(top, tl.sum(rest, 0), tl.sum(moment, 0), z_y, scale)
 
 
 @triton.jit
@@ -113,7 +115,8 @@ def _dlogits(z_row, dz_row, y, V, scale, logp, entropy, peak, rest, total, g, h,
         tl.store(dz_row + cols, dz.to(dz_row.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit
+# Chunks start anywhere and have any number of rows: what is read once a row must not compile a kernel for each case.
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "stats_ptr"])
 def _row_stats(z_ptr, target_ptr, stats_ptr, C, V, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
     logp, entropy, peak, rest, total = _stats(z_ptr + row * V, tl.load(target_ptr + row), V, scale, BLOCK)
@@ -124,7 +127,7 @@ def _row_stats(z_ptr, target_ptr, stats_ptr, C, V, scale, BLOCK: tl.constexpr):
     tl.store(stats_ptr + 4 * C + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["target_ptr", "stats_ptr", "g_ptr", "h_ptr"])
 def _row_dlogits(z_ptr, dz_ptr, dz_stride, target_ptr, stats_ptr, g_ptr, h_ptr, C, V, scale, BLOCK: tl.constexpr,
                  HALVED: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -137,7 +140,7 @@ def _row_dlogits(z_ptr, dz_ptr, dz_stride, target_ptr, stats_ptr, g_ptr, h_ptr, 
 
 
 @triton.jit
-def _exp_less_line(x):
+def exp_less_line(x):
     """e^x - 1 - x, by its series where the terms would cancel."""
     series = 1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))))
     return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - 1 - x)
@@ -175,7 +178,7 @@ def token_loss(logp, entropy, advantage, weight, old, ref, sampler, low, high, d
         elif KL == "k2":
             kl, dkl = x * x / 2, x
         else:
-            kl = _exp_less_line(-x)
+            kl = exp_less_line(-x)
             dkl = x - kl  # 1 - e^-x
         if KL_RATIO:
             kl, dkl = ratio * kl, ratio * (kl + dkl)
@@ -183,7 +186,10 @@ def token_loss(logp, entropy, advantage, weight, old, ref, sampler, low, high, d
     return weight * loss, weight * g, -weight * entropy_coef
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[
+    "target_ptr", "loss_ptr", "logp_ptr", "entropy_ptr", "advantage_ptr", "weight_ptr", "old_ptr", "ref_ptr",
+    "sampler_ptr",
+])  # fmt: skip
 def _row_objective(z_ptr, dz_ptr, dz_stride, target_ptr, loss_ptr, logp_ptr, entropy_ptr, advantage_ptr, weight_ptr,
                    old_ptr, ref_ptr, sampler_ptr, V, scale, low, high, dual, kl_coef, entropy_coef, tis_cap,
                    LOSS: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, BLOCK: tl.constexpr,
@@ -238,7 +244,7 @@ def row_objective(z, target, fused, rows, temperature, banned, out, dtype):
         z.index_fill_(1, banned, float("-inf"))
     dz, halved = _halves(z, dtype)
     kl = fused.kl_estimator if fused.kl_coef else "none"
-    used = (True, True, True, kl != "none", fused.tis_cap > 0)
+    used = (True, True, True, kl != "none", bool(fused.tis_cap))
     vectors = (fused.advantage, fused.weight, fused.old_logp, fused.ref_logp, fused.sampler_logp)
     with _triton.on(z.device):
         _row_objective[(len(z),)](

@@ -30,6 +30,7 @@ CONFIGS = {
     90: dict(BLOCK_N=128, BLOCK_V=256, BLOCK_H=64, TMA=True, num_warps=8, num_stages=3),
     100: dict(BLOCK_N=128, BLOCK_V=128, BLOCK_H=64, TMA=True, num_warps=8, num_stages=4),
 }
+RAGGED_CONFIG = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_H=32, TMA=False, num_warps=4, num_stages=2)  # unaligned rows
 FP32_CONFIG = dict(BLOCK_N=32, BLOCK_V=64, BLOCK_H=16, TMA=False, num_warps=4, num_stages=2)  # without tensor cores
 GROUP = 32  # token tiles that share slabs of the weight: at H = 2048 their bf16 rows, 17 MB, stay in L2
 
@@ -45,7 +46,7 @@ def linear_logprob_ref(hidden, weight, target, temperature=1.0, banned=()):
     return logp.gather(1, target[:, None]).squeeze(1), entropy  # (N,), (N,)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "mask_from"])
 def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask_from, splits, scale,
                       GROUP: tl.constexpr,
                       BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr,
@@ -98,7 +99,7 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
     tl.store(out + 3 * N, z_y, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def _merge_partials(partials_ptr, logp_ptr, entropy_ptr, N, splits, scale, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -135,9 +136,9 @@ def _logprob_triton(hidden, weight, target, temperature, banned):
         return logp, entropy
     arch = _triton.arch(device)
     config = dict(FP32_CONFIG if arch and hidden.dtype == torch.float32 else CONFIGS[arch])
-    # Bulk copies want rows of whole 16 bytes.
-    aligned = all(not t.data_ptr() % 16 for t in (hidden, weight)) and not H * hidden.element_size() % 16
-    config["TMA"] &= aligned
+    # Bulk copies want rows of whole 16 bytes, and with less the large tiles of pointers spill. No model has such rows.
+    if any(t.data_ptr() % 16 for t in (hidden, weight)) or H * hidden.element_size() % 16:
+        config = config | dict(TMA=False) if not arch or hidden.dtype == torch.float32 else RAGGED_CONFIG
     x, w = hidden, weight
     if config["TMA"]:
         x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_N"], config["BLOCK_H"]])
@@ -179,7 +180,8 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
     """
     check_head(hidden, weight, target, temperature, banned)
     impl = choose_impl(impl, hidden, weight, target)
-    with torch.no_grad():
+    # Autocast, where the caller is inside it, would round the logits to 16 bits.
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
             return linear_logprob_ref(hidden, weight, target, temperature, banned)
         if impl == "triton":

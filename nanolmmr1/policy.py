@@ -26,11 +26,20 @@ class Policy:
         model: Qwen25VL with fp32 parameters, on the device where it is to be trained.
         cfg: the recipe; banned_ids: token ids that no response may hold.
         dtype: of the computation.
+
+    Raises:
+        UserError: pack.head_logits asks for what the head cannot do here.
     """
 
     def __init__(self, model, cfg, banned_ids=(), dtype=torch.float32):
         self.model, self.cfg, self.banned_ids, self.dtype = model, cfg, tuple(banned_ids), dtype
         self.device = model.head.device
+        triton = cfg.pack.head == "triton" or (cfg.pack.head == "auto" and self.device.type == "cuda")
+        if cfg.pack.head_logits == "bfloat16" and not (triton and dtype == torch.bfloat16):
+            raise UserError(
+                f"pack.head_logits=bfloat16 needs pack.head=triton and dtype=bfloat16; here {cfg.pack.head} on "
+                f"{self.device.type} and {str(dtype).removeprefix('torch.')}: leave it at float32"
+            )
         self.reference = None
         model.checkpoint_activations = model.visual.checkpoint_activations = cfg.pack.checkpoint_activations
 

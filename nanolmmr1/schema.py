@@ -113,7 +113,7 @@ class Pack:
     tokens_per_micro_batch: int = opt(16384, "packed tokens a micro-batch; a larger group is split, and said so")
     attention: str = opt("auto", "auto (triton on cuda, sdpa on cpu) | triton | varlen | flash | sdpa | reference")
     head: str = opt("auto", "auto (triton on cuda, chunked on cpu) | triton | chunked | reference")
-    head_logits: str = opt("float32", "of a chunk: float32 | bfloat16 (faster; log-probs lose digits; triton only)")
+    head_logits: str = opt("float32", "of a chunk: float32 | bfloat16 (faster; rounds new log-probs, not old ones)")
     head_chunk_tokens: int = opt(0, "scored tokens per chunk of the LM head; 0: by device and vocabulary")
     checkpoint_activations: bool = opt(False, "recompute each block in the backward pass")
 

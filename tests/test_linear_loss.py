@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from nanolmmr1.kernels import _rows
 from nanolmmr1.kernels import linear_loss as kernel
@@ -177,6 +179,25 @@ def test_dlogits_of_a_token_sum_to_zero(objective, weighted):
 
 
 @both
+def test_autocast_around_the_op_rounds_nothing(head_inputs, objective, impl):
+    inputs = head_inputs(dtype=torch.float32)
+    plain = run(inputs, objective, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        inside = run(inputs, objective, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+@both
+def test_without_grad_there_is_the_loss_and_no_gradient_is_made(head_inputs, objective, impl, monkeypatch):
+    x, w, y = (t.to(DEVICE) for t in head_inputs(dtype=torch.float32))
+    loss, logp, entropy = linear_loss(x.requires_grad_(), w.requires_grad_(), y, objective, impl=impl)
+    monkeypatch.setattr(kernel, "_accumulate", None)  # the weight's gradient, if it were made, would need it
+    with torch.no_grad():
+        again = linear_loss(x, w, y, objective, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip((loss, logp, entropy), again, strict=True))
+
+
+@both
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_token_and_one_token(head_inputs, plain_head, objective, tokens, impl):
     inputs = head_inputs(tokens, dtype=torch.float32)
@@ -258,11 +279,22 @@ def test_dlogits_lie_in_their_logits_memory_and_no_column_is_lost(vocab, dtype):
     assert ((dz.cpu().double() - gold).abs() <= digits * gold.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("logits", [None, torch.float16])
-def test_16_bit_inputs_lose_what_their_gradients_round_away(head_inputs, plain_head, objective, logits):
-    inputs = head_inputs(20, 16, 203, torch.float16)
-    gold = run(double(inputs), objective, head=plain_head, temperature=0.7)
-    ours = run(inputs, objective, impl="triton", temperature=0.7, logits_dtype=logits, chunk_tokens=6)
+def test_16_bit_inputs_lose_what_their_gradients_round_away(head_inputs, plain_head, objective, logits, fused):
+    inputs, form, objective_of = head_inputs(20, 16, 203, torch.float16), None, objective
+    if fused:
+        advantage, weight = torch.linspace(-1, 2, 20), torch.linspace(1, 0.2, 20)
+        form = kernel.FusedObjective(advantage.to(DEVICE), weight.to(DEVICE), entropy_coef=0.3)
+
+        def objective_of(logp, entropy, rows):
+            ratio = (logp - logp.detach()).exp()
+            return weight[rows].to(logp) * (-ratio * advantage[rows].to(logp) - 0.3 * entropy)
+
+    gold = run(double(inputs), objective_of, head=plain_head, temperature=0.7)
+    # Fused, only the numbers may be read.
+    options = dict(fused=form, impl="triton", temperature=0.7, logits_dtype=logits, chunk_tokens=6)
+    ours = run(inputs, None if fused else objective_of, **options)
     assert [t.dtype for t in ours] == [torch.float32, torch.float16, torch.float16]
     assert errors(ours, gold)[0] <= (1e-3 if logits else 1e-6) and max(errors(ours, gold)) <= 2e-3
 
@@ -336,6 +368,36 @@ def test_fused_chunks_banned_ids_and_statistics(fusable, plain_head):
     assert max(errors(stats, plain)) <= 1e-5 and not any(t.requires_grad for t in stats)
 
 
+def test_the_gradient_passes_a_clip_at_its_bound(fusable, plain_head):
+    inputs, make = fusable
+    losses, fused = make(with_old=False, clip_ratio_low=0.0, clip_ratio_high=0.0)  # the ratio is 1, both bounds too
+    gold = run(double(inputs), losses, head=plain_head, temperature=0.7)
+    assert gold[1].abs().max() > 0.1
+    assert max(errors(run(inputs, None, fused=fused, temperature=0.7, impl="triton"), gold)) <= 1e-5
+
+
+@triton.jit
+def _elementwise(x_ptr, out_ptr, SIZE: tl.constexpr, LOG1P: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
+    tl.store(out_ptr + tl.arange(0, SIZE), _rows.log1p(x) if LOG1P else _rows.exp_less_line(x))
+
+
+@pytest.mark.parametrize("name", ["log1p", "exp_less_line"])
+def test_series_are_good_to_the_last_digits(name):
+    x = torch.cat([torch.logspace(-30, 0, 128), torch.linspace(0.01, 1, 128)])
+    if name == "exp_less_line":
+        x = torch.cat([x.clamp(min=1e-12)[::2], -x.clamp(min=1e-12)[1::2]])
+    out = torch.full_like(x, float("nan")).to(DEVICE)
+    _elementwise[(1,)](x.to(DEVICE), out, len(x), name == "log1p")
+    exact = x.double()
+    if name == "log1p":
+        gold = exact.log1p()
+    else:  # by its series where even fp64 would cancel
+        gold = torch.where(exact.abs() < 1e-4, exact.square() / 2 * (1 + exact / 3), exact.expm1() - exact)
+    ulps = 4 if name == "log1p" else 16
+    assert ((out.cpu().double() - gold).abs() <= ulps * torch.finfo(torch.float32).eps * gold.abs()).all()
+
+
 def test_other_impls_take_the_objective_itself(fusable):
     inputs, make = fusable
     losses, _ = make()
@@ -395,7 +457,7 @@ def test_options_that_exclude_each_other_are_refused(fusable):
     for options, words in (
         (dict(fused=fused, two_pass=True, impl="triton"), "two_pass"),
         (dict(logits_dtype=torch.float16, impl="triton"), "logits_dtype=torch.float16"),
-        (dict(logits_dtype=torch.bfloat16, impl="chunked"), "logits_dtype=torch.bfloat16.*triton"),
+        (dict(logits_dtype=torch.bfloat16, impl="chunked"), "logits_dtype=torch.bfloat16: it can be torch.float32$"),
     ):
         with pytest.raises(ValueError, match=words):
             run(inputs, losses, **options)
@@ -455,11 +517,11 @@ def test_bf16_at_the_real_size(real_size):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_gpu_needs_one_chunk_of_logits_beside_the_gradients_and_never_waits(real_size):
+def test_a_gpu_needs_one_chunk_of_logits_beside_the_gradients_and_waits_for_none(real_size):
     (x, w, y), objective, fused = real_size
     for form in (None, fused):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        job = kernel._Job(y, objective, form, 1.0, (), 250, None, torch.float32, "triton")
+        job = kernel._Job(y, objective, form, 1.0, (), 250, None, torch.float32, "triton", True)
         kernel._LinearLoss.apply(a, b, job)  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

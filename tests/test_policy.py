@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from nanolmmr1.kernels.linear_logprob import linear_logprob
+from nanolmmr1.kernels.linear_loss import linear_loss
 from small import small_model, small_recipe, small_trainer
 
 from nanolmmr1.config import UserError
-from nanolmmr1.policy import Policy, learning_rate
-from nanolmmr1.schema import Optim, Phase
+from nanolmmr1.objective import Tokens, policy_loss
+from nanolmmr1.policy import Policy, fused_objective, learning_rate
+from nanolmmr1.schema import GRPO, Objective, Optim, Phase
 
 
 def started(**phase):
@@ -135,3 +138,49 @@ def test_an_optimizer_given_its_tensors_back_goes_on_as_if_never_stopped(tmp_pat
         trainer.step()
     pairs = zip(whole.policy.model.parameters(), broken.policy.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("changes", [
+    {"kl_coef": 0.5, "kl_place": "reward", "kl_estimator": "k1"},
+    {"kl_coef": 0.5, "kl_place": "loss", "kl_estimator": "k2", "kl_ratio": True},
+    {"tis_cap": 1.5, "entropy_coef": 0.2, "clip_ratio_dual": 3.0},
+    {"loss_type": "cispo", "tis_cap": 0.0, "kl_coef": 0.1, "clip_ratio_low": 0.4, "clip_ratio_high": 0.1},
+], ids=lambda changes: ", ".join(changes))
+def test_the_numbers_of_a_fused_objective_say_what_policy_loss_does(device, changes):
+    torch.manual_seed(0)
+    objective = Objective(**dict(GRPO, tis_cap=0.0) | changes)
+    x, w, y = torch.randn(16, 8, device=device), torch.randn(20, 8, device=device), torch.arange(16, device=device)
+    near = linear_logprob(x, w, y)[0]
+    old, sampler, ref = (near + 0.6 * torch.randn(16, device=device) for _ in range(3))
+    advantage, weight = torch.randn(16, device=device), torch.rand(16, device=device)
+    tokens = Tokens(advantage, weight, torch.zeros_like(y), sampler, old, ref)
+
+    def run(impl, fused):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss, _, _ = linear_loss(
+            a, b, y, lambda logp, entropy, rows: policy_loss(logp, entropy, tokens[rows], objective), fused=fused,
+            impl=impl)
+        loss.backward()
+        return loss.detach(), a.grad, b.grad
+
+    ours, gold = run("triton", fused_objective(tokens, objective)), run("chunked", None)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, gold, strict=True))
+
+
+def test_a_response_that_couples_tokens_is_not_fused():
+    tokens = Tokens(*torch.zeros(4, 3))
+    assert fused_objective(tokens, Objective(**dict(GRPO, loss_type="gspo", tis_cap=0.0))) is None
+
+
+@pytest.mark.parametrize("pack, dtype", [({}, torch.bfloat16), ({"head": "triton"}, torch.float32)])
+def test_rounded_logits_are_refused_where_they_cannot_be_had(pack, dtype):
+    cfg = small_recipe(pack={"head_logits": "bfloat16"} | pack)
+    with pytest.raises(UserError, match="pack.head_logits=bfloat16 needs"):
+        Policy(small_model(), cfg, dtype=dtype)
+
+
+def test_bf16_compute_on_a_cpu_keeps_fp32_log_probs(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.policy.dtype = torch.bfloat16
+    record = trainer.step()
+    assert math.isfinite(record["actor/grad_norm"]) and record["mismatch/logp_abs"] < 0.05
