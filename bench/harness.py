@@ -8,13 +8,15 @@ round, so that a machine that slows down slows all of them, and nobody always ru
 On a GPU times are between CUDA events, with the L2 cache flushed before each run (`--hot`: not), and with the host a
 little ahead, as in a training step, so that launching counts only where it is slower than what is launched. Work is
 algorithmic: products that the result needs, counted once, pairs that the mask hides left out; bytes that must be read
-or written at least once. The floor is the larger of FLOPs over the chip's rate and bytes over its bandwidth.
-Memory on a CPU is read from /proc, so these benches need Linux.
+or written at least once. The floor is the larger of FLOPs and bytes at the rates a large product and a large copy were
+measured at (machine.py says which chip's are from a data sheet), so a provider may exceed 100 % of it.
+Memory on a CPU is read from /proc, so these benches need Linux; it is left out where the peak cannot be set back.
 
 Next: modes.py, which cuts a differentiable op into forward, backward and full.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import json
@@ -31,11 +33,12 @@ import torch
 
 from bench.machine import capacity, floor_ms, machine, peaks
 
-# Of the largest value. bf16 rounds to 1 in 256 and a gradient adds several roundings; what is wrong is off by tenths.
+# Of the norm. bf16 rounds to 1 in 256 and a gradient adds several roundings; 1 row in 100 left out is off by a tenth.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 ROUNDS = {"cpu": (3, 50), "cuda": (5, 100)}  # fewest, most
 HEADER = "{:34}{:>8}{:>12}{:>10}{:>10}{:>18}{:>9}{:>11}"
 HEAD_START = 500_000  # clock cycles, about 0.3 ms, that the host gets to launch ahead of the GPU
+CLEAR_REFS = Path("/proc/self/clear_refs")  # some kernels and sandboxes have none
 
 
 @dataclass
@@ -100,7 +103,9 @@ def main(benches, argv=None):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="Check every provider against a reference, then time it.")
+    parser = argparse.ArgumentParser(
+        description="Check every provider against a reference, then time it.",
+        epilog="BENCH_COMMIT in the environment names the commit of a copy without .git.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows here, after every case")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw rooflines and times over size")
     parser.add_argument(
@@ -137,6 +142,7 @@ def measure(op, case, device, options):
         ("verdict", "refused", "fault", "error", "median_ms", "p20_ms", "p80_ms", "rounds", "tflop_per_s", "gb_per_s",
          "floor_ms", "percent_of_floor", "extra_mb"))
     rows = {name: about | {"provider": name, "ours": p.ours} | empty for name, p in case.providers.items()}
+    empty_cache()  # blocks of the last case's sizes fit this one badly, and take memory that a provider may need
     for name, provider in case.providers.items():
         rows[name]["refused"] = provider.refused or too_large(provider, device)
     able = [name for name in rows if not rows[name]["refused"]]
@@ -164,8 +170,13 @@ def measure(op, case, device, options):
 
 
 def check(case, rows, names):
-    """Put each provider's error into its row."""
-    gold = case.gold()
+    """Put each provider's error into its row, or that there is nothing to compare it with."""
+    made = {}
+    gold = attempt(made, case.gold)
+    if made:
+        for name in names:
+            rows[name]["fault"] = f"no reference: {made['fault']}"
+        return
 
     def of_one_run(provider):
         return error(provider.compare(provider.run(*provider.setup())), gold)
@@ -197,8 +208,9 @@ def show(row):
         return f"{name}  WRONG: beyond {TOLERANCE[getattr(torch, row['dtype'])]:.0e}, not timed"
     rate = f"{1e3 * row['tflop_per_s']:,.0f} GFLOP/s" if row["flops"] else f"{row['gb_per_s']:,.1f} GB/s"
     floor = f"{row['percent_of_floor']:.0f} %" if row["percent_of_floor"] else "-"
+    extra = "-" if row["extra_mb"] is None else f"{row['extra_mb']:,.1f}"
     times = f"{row['median_ms']:10.3f} {row['p20_ms']:9.3f} {row['p80_ms']:9.3f}"
-    return f"{name}  {times} {rate:>17} {floor:>8} {row['extra_mb']:10,.1f}"
+    return f"{name}  {times} {rate:>17} {floor:>8} {extra:>10}"
 
 
 def attempt(row, work, *arguments):
@@ -207,9 +219,15 @@ def attempt(row, work, *arguments):
         return work(*arguments)
     except Exception as fault:
         row["fault"] = f"{type(fault).__name__}: {fault}".splitlines()[0]
-    if torch.cuda.is_available():  # the error's traceback, and what it held, is gone by now
-        torch.cuda.empty_cache()
+    empty_cache()  # the error's traceback, and what it held, is gone by now
     return None
+
+
+def empty_cache():
+    """Give the GPU's unused blocks back. Where a kernel broke the context this raises too, which says nothing new."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def too_large(provider, device):
@@ -220,15 +238,22 @@ def too_large(provider, device):
 
 
 def balanced(names, count):
-    """Each name as often first as last, and before each other as often as after."""
-    turn = count // 2 % len(names) if names else 0
+    """Order of a round. Two rounds mirror each other; then the order is turned by a third.
+
+    So after an even number of rounds each name was before each other as often as after, after an odd number once more
+    or less. Five rounds, the fewest on a GPU, take each name over more than half of the places.
+    """
+    turn = count // 2 * max(1, len(names) // 3) % len(names) if names else 0
     order = names[turn:] + names[:turn]
     return order[::-1] if count % 2 else order
 
 
 @torch.no_grad()
 def error(outputs, gold):
-    """Largest difference of the worst output, in units of its gold's largest value.
+    """||output - gold|| / ||gold|| of the worst output.
+
+    A norm, since the largest value is blind to whatever is small everywhere: late rows of a long causal pack average
+    many values, and may all be missing without a difference as large as the first rows' values.
 
     Raises:
         ValueError: outputs that are not as many, of other shapes, or not finite: no number says how wrong they are.
@@ -237,7 +262,7 @@ def error(outputs, gold):
     for a, b in zip(outputs, gold, strict=True):
         if a.shape != b.shape:
             raise ValueError(f"an output of shape {tuple(a.shape)}, the reference's is {tuple(b.shape)}")
-        off = float((a.to(b.dtype) - b).abs().max() / b.abs().max())
+        off = float((a.to(b.dtype) - b).norm() / b.norm())
         if not math.isfinite(off):
             raise ValueError("outputs are not finite")
         worst = max(worst, off)
@@ -245,23 +270,35 @@ def error(outputs, gold):
 
 
 def timed(provider, device, hot):
-    """Milliseconds of one run."""
+    """Milliseconds of one run; of a second one, where memory for the first had to come from the driver."""
+    if device == "cuda":
+        elapsed, grew = timed_on_gpu(provider, hot)
+        return timed_on_gpu(provider, hot)[0] if grew else elapsed
     state = provider.setup()
-    if device == "cpu":
-        start = time.perf_counter()
-        outputs = provider.run(*state)
-        elapsed = (time.perf_counter() - start) * 1e3
-        del outputs  # giving memory back is not part of it
-        return elapsed
+    start = time.perf_counter()
+    outputs = provider.run(*state)
+    elapsed = (time.perf_counter() - start) * 1e3
+    del outputs  # giving memory back is not part of it
+    return elapsed
+
+
+def timed_on_gpu(provider, hot):
+    """(milliseconds, whether the allocator went to the driver meanwhile, which stalls a run as no later one is)."""
+    state = provider.setup()
     if not hot:
         l2_filler().zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before = device_allocations()
     torch.cuda._sleep(HEAD_START)
     start.record()
     provider.run(*state)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), device_allocations() != before
+
+
+def device_allocations():
+    return torch.cuda.memory_stats().get("num_device_alloc", 0)
 
 
 @functools.cache
@@ -272,7 +309,7 @@ def l2_filler():
 
 
 def extra_mb(provider, device):
-    """Peak memory of one run above what was there before, results included, in MB."""
+    """Peak memory of one run above what was there before, results included, in MB; None where nobody can tell."""
     state = provider.setup()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -282,7 +319,10 @@ def extra_mb(provider, device):
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier runs would hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak back to its present size
+    try:
+        CLEAR_REFS.write_text("5")  # sets the process's peak back to its present size
+    except OSError:
+        return None
     before = resident_kb("VmRSS")
     provider.run(*state)
     return (resident_kb("VmHWM") - before) * 1024 / 1e6

@@ -55,7 +55,9 @@ def case(name, x, w, y, entropy):
     found["torch.compile"] = (
         offer(providers.compiled(eager)) if device == "cuda" else Provider(refused=providers.COMPILED))
     if entropy:
-        found["Liger"] = offer(providers.liger_logprob, providers.lacking("liger_kernel", device))
+        liger = providers.lacking("liger_kernel", device)
+        found["Liger"] = offer(
+            providers.liger_logprob, liger or providers.lacking_cute(torch.cuda.get_device_capability()))
     else:
         found["F.linear_cross_entropy"] = offer(
             partial(minus, providers.torch_cross_entropy), providers.lacking_torch_cross_entropy())

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200: a large matrix product on random data and a large copy; the
-# H100 SXM has its arithmetic. Bandwidth of the other two, and all of the A100: data sheets. PCIe parts are other chips.
+# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200: measured, a large matrix product on random data and a large
+# copy. The H100 SXM has the same arithmetic. Data-sheet values, not measured: the H100's bandwidth and all of the
+# A100. PCIe parts are other chips.
 PEAKS = {
     "NVIDIA H200": (790e12, 4.3e12),
     "NVIDIA H100 80GB HBM3": (790e12, 3.35e12),
@@ -27,7 +28,10 @@ def peaks(device):
 
 
 def floor_ms(flops, nbytes, peaks):
-    """Milliseconds that no implementation can beat, or None on an unknown chip."""
+    """Milliseconds at the rates a large product and a large copy were measured at, or None on an unknown chip.
+
+    A goal, no bound: other shapes may run at better rates than those, so that more than 100 % of it can be reached.
+    """
     if not peaks:
         return None
     rate, bandwidth = peaks
@@ -42,7 +46,7 @@ def capacity(device):
 
 
 def machine(device):
-    """Where the numbers come from."""
+    """Where the numbers come from. The environment's BENCH_COMMIT names the commit of a copy without .git."""
     cuda = device == "cuda"
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
@@ -56,7 +60,8 @@ def machine(device):
         "cuda": torch.version.cuda if cuda else None,
         "triton": installed("triton"),
         "liger": installed("liger-kernel"),
-        "commit": first_line("git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"),
+        "commit": os.environ.get("BENCH_COMMIT")
+        or first_line("git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

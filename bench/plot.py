@@ -14,6 +14,8 @@ matplotlib.use("svg")  # no display
 
 import matplotlib.pyplot as plt
 
+UNRELATED = ("shared prefix", "causal pack")  # families whose packs differ by more than size: no line joins them
+
 
 def draw(report, folder):
     """Write `<op>_roofline.svg` and `<op>_<family>_time.svg`; returns the paths."""
@@ -54,15 +56,16 @@ def roofline(op, rows, machine, folder):
 
 
 def time_over_size(op, family, lines, folder):
-    figure, axes = canvas(f"{op}: {family}", "tokens", "median ms, band p20 to p80")
+    figure, axes = canvas(f"{op}: {family}", "tokens", "median ms, bars p20 to p80")
+    joined = not family.startswith(UNRELATED)
     for line in lines.values():
         sizes = [row["size"] for row in line]
-        (curve,) = axes.plot(sizes, [row["median_ms"] for row in line], "o-", label=label(line[0]))
+        (curve,) = axes.plot(sizes, [row["median_ms"] for row in line], "o-" if joined else "o", label=label(line[0]))
         low, high = ([row[key] for row in line] for key in ("p20_ms", "p80_ms"))
-        axes.fill_between(sizes, low, high, color=curve.get_color(), alpha=0.2)
+        axes.vlines(sizes, low, high, color=curve.get_color(), alpha=0.5)
     floors = {row["size"]: row["floor_ms"] for line in lines.values() for row in line if row["floor_ms"]}
     if floors:
-        axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color="black", label="floor")
+        axes.plot(*zip(*sorted(floors.items()), strict=True), "--" if joined else "_", color="black", label="floor")
     name = "".join(c if c.isalnum() else "_" for c in family)
     return save(figure, axes, folder / f"{op}_{name}_time.svg")
 

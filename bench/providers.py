@@ -61,6 +61,13 @@ def lacking_torch_cross_entropy():
     return "" if has else f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
 
 
+def lacking_cute(capability):
+    """Why Liger's log-prob cannot run on a GPU of this (major, minor), or nothing: on Hopper it is written in CuTe."""
+    if capability == (9, 0) and importlib.util.find_spec("cutlass") is None:
+        return "on Hopper needs CuTe: pip install nvidia-cutlass-dsl"
+    return ""
+
+
 def liger_logprob(hidden, weight, target):
     """Log-prob and entropy (N,) each."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction

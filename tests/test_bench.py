@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, linear_logprob, linear_loss, mrope, providers, rmsnorm, swiglu
-from bench.__main__ import OPS
-from bench.harness import Case, Provider, balanced, error, extra_mb, main, summary, timed
-from bench.machine import PEAKS, floor_ms
+import bench.__main__ as bench_all
+from bench import attention, harness, linear_logprob, linear_loss, mrope, providers, rmsnorm, swiglu
+from bench.harness import TOLERANCE, Case, Provider, balanced, error, extra_mb, main, summary, timed
+from bench.machine import PEAKS, floor_ms, machine
 from bench.modes import Op, by_mode, evaluate, wider
 from nanolmmr1.kernels import attention as kernel
 from nanolmmr1.objective import policy_loss
@@ -22,7 +22,8 @@ from nanolmmr1.objective import policy_loss
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ["--seconds", "0"]
-NUMBERS = ("median_ms", "p20_ms", "p80_ms", "rounds", "tflop_per_s", "gb_per_s", "extra_mb")
+NUMBERS = ("median_ms", "p20_ms", "p80_ms", "rounds", "tflop_per_s", "gb_per_s")
+HAS_PEAK = DEVICE == "cuda" or os.access(harness.CLEAR_REFS, os.W_OK)
 
 TABLES = {
     "causal": attention.chain([13], 1),
@@ -64,6 +65,7 @@ def test_right_providers_have_every_number(tmp_path, capsys):
     assert {"device", "torch", "triton", "driver", "commit", "date", "cache"} <= report["machine"].keys()
     for row in report["rows"]:
         assert row["verdict"] == "right" and row["error"] < 2e-2 and all(math.isfinite(row[key]) for key in NUMBERS)
+        assert (row["extra_mb"] is not None) == HAS_PEAK
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["tflop_per_s"] == pytest.approx(4096 / row["median_ms"] / 1e9)
     assert "square" in (printed := capsys.readouterr().out) and "* ours" in printed
@@ -75,7 +77,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(tmp_path, capsys, ours):
     assert status == (1 if ours else 0)  # only ours are ours to mend
     row = rows_of(tmp_path / "out.json")["off"]
     assert row["verdict"] == "wrong" and row["error"] == pytest.approx(0.1, rel=0.1)
-    assert all(row[key] is None for key in NUMBERS)
+    assert all(row[key] is None for key in (*NUMBERS, "extra_mb"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " off " in line]
     assert "1.0e-01" in line and "WRONG" in line
 
@@ -103,10 +105,25 @@ def test_one_that_raises_only_while_it_is_timed_is_a_failure(tmp_path):
     assert row["verdict"] == "failed" and row["median_ms"] is None and len(calls) == 4
 
 
+def test_without_a_reference_a_case_fails_and_the_run_goes_on(tmp_path, capsys):
+    def cases(device, dtype):
+        others = {"x": Provider(fail), "y": Provider(fail, ours=True)}
+        yield Case("no gold", fail, others | {"absent": Provider(refused="not installed")}, 1, 1)
+        yield from square_cases()(device, dtype)
+
+    assert main({"op": cases}, [*QUICK, "--json", str(tmp_path / "out.json")]) == 1
+    rows = rows_of(tmp_path / "out.json")
+    for name in ("x", "y"):
+        assert rows[name]["fault"] == "no reference: RuntimeError: out of everything"
+        assert rows[name]["verdict"] == "failed" and rows[name]["error"] is rows[name]["median_ms"] is None
+    assert rows["absent"]["verdict"] == "refused" and rows["plain"]["median_ms"] > 0
+    assert capsys.readouterr().out.count("failed: no reference") == 2
+
+
 def test_what_was_measured_before_a_crash_is_kept(tmp_path):
     def cases(device, dtype):
         yield from square_cases()(device, dtype)
-        yield Case("no gold", fail, {"plain": Provider(lambda: ())}, 1, 1)
+        fail()  # inputs that do not fit, say
 
     with pytest.raises(RuntimeError, match="everything"):
         main({"op": cases}, [*QUICK, "--json", str(tmp_path / "out.json")])
@@ -145,15 +162,42 @@ def test_percentiles_rates_and_distance_to_the_floor():
     assert floor_ms(6 * 16_384 * 2048 * 151_936, 0, PEAKS["NVIDIA H200"]) == pytest.approx(38.7, abs=0.05)
 
 
-def test_error_is_relative_to_the_largest_value_of_the_worst_output():
-    gold = (torch.tensor([10.0, -20.0]), torch.tensor([1.0, 0.0]))
-    assert error((torch.tensor([10.0, -22.0]), torch.tensor([1.0, 0.03])), gold) == pytest.approx(0.1)
-    assert error((torch.tensor([10.0, -22.0]), torch.tensor([1.0, 0.3])), gold) == pytest.approx(0.3)
+def test_error_is_relative_to_the_norm_of_the_worst_output():
+    gold = (torch.tensor([12.0, -16.0]), torch.tensor([1.0, 0.0]))
+    assert error((torch.tensor([12.0, -18.0]), torch.tensor([1.0, 0.03])), gold) == pytest.approx(0.1)
+    assert error((torch.tensor([12.0, -18.0]), torch.tensor([1.0, 0.3])), gold) == pytest.approx(0.3)
+    assert error((torch.tensor([15.0, -20.0]), gold[1]), gold) == pytest.approx(0.25)
     for bad in (torch.tensor([10.0]), torch.tensor([10.0, math.nan]), torch.tensor([math.inf, 0.0])):
         with pytest.raises(ValueError, match="shape|finite"):
             error((bad, gold[1]), gold)
     with pytest.raises(ValueError):
         error(gold[:1], gold)
+
+
+def test_rows_left_out_past_half_of_a_long_causal_pack_are_wrong(tmp_path):
+    gold = torch.arange(1, 65_537, device=DEVICE).rsqrt()  # a mean of t random values is of this size
+    late = gold.where(gold > gold[32_768], 0.0)
+    tolerance = TOLERANCE[torch.bfloat16]
+    assert (late - gold).abs().max() / gold.max() < 0.2 * tolerance < tolerance < error((late,), (gold,))
+
+    def cases(device, dtype):
+        found = {"late": Provider(lambda: (late,), ours=True), "whole": Provider(lambda: (gold.bfloat16(),))}
+        yield Case("", lambda: (gold,), found, 1, 1, dtype=torch.bfloat16)
+
+    assert main({"op": cases}, [*QUICK, "--json", str(tmp_path / "out.json")]) == 1
+    assert {name: row["verdict"] for name, row in rows_of(tmp_path / "out.json").items()} == {
+        "late": "wrong", "whole": "right"}
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_a_few_rounds_take_every_name_over_half_of_the_places(count):
+    names = list(range(count))
+    orders = [balanced(names, turn) for turn in range(5)]
+    places = [[order.index(name) for order in orders] for name in names]
+    assert all(max(at) - min(at) + 1 > count / 2 for at in places)
+    for a, b in permutations(names, 2):
+        assert sum(i < j for i, j in zip(places[a], places[b], strict=True)) in (2, 3)
+    assert balanced([], 3) == []
 
 
 def test_order_is_balanced():
@@ -172,7 +216,28 @@ def test_setup_is_not_timed_and_comes_before_every_run():
     assert log == ["setup", "run"] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_that_went_to_the_driver_for_memory_is_repeated():
+    log = []
+    provider = Provider(lambda: log.append(torch.ones(64_000_000, device="cuda").sum()) or ())
+    torch.cuda.empty_cache()
+    timed(provider, "cuda", hot=True)
+    assert len(log) == 2
+    timed(provider, "cuda", hot=True)
+    assert len(log) == 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory of the CPU path")
+def test_extra_memory_is_left_out_where_the_peak_cannot_be_set_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "CLEAR_REFS", tmp_path / "absent" / "clear_refs")
+    assert main({"op": square_cases()}, [*QUICK, "--json", str(tmp_path / "out.json")]) == 0
+    assert all(row["extra_mb"] is None and row["median_ms"] > 0 for row in rows_of(tmp_path / "out.json").values())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FLOP/s" in line]
+    assert len(lines) == 2 and all(line.endswith(" -") for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not HAS_PEAK, reason="memory of the CPU path")
 def test_extra_memory_is_what_a_run_takes():
     size = 64_000_000
     assert 60 < extra_mb(Provider(lambda: (torch.ones(size // 4),)), "cpu") < 80
@@ -273,6 +338,24 @@ def test_chunked_gold_of_the_head_equals_whole_logits(objective, monkeypatch):
         assert provider.refused or error(provider.compare(provider.run()), whole) < 1e-4, name
 
 
+def test_the_softmax_part_of_the_gradient_can_be_seen(tmp_path):
+    count, vocab = 32, 8192
+    x, w, y = linear_loss.head(count, 256, vocab, DEVICE, torch.float32)
+    p = (x @ w.T).softmax(-1).gather(1, y[:, None]).detach()
+    assert 0.15 < p.mean() < 0.5
+
+    def without_p():  # dz = -onehot / N
+        dz = -torch.nn.functional.one_hot(y, vocab).float() / count
+        return torch.nn.functional.cross_entropy(x @ w.T, y).detach(), dz @ w.detach(), dz.T @ x.detach()
+
+    case = linear_loss.case("", "", x, w, y, 8, linear_loss.CROSS_ENTROPY)
+    case.providers = {"without p": Provider(without_p, ours=True), "chunked": case.providers["chunked"]}
+    assert main({"op": lambda *_: [case]}, [*QUICK, "--json", str(tmp_path / "f.json")]) == 1
+    rows = rows_of(tmp_path / "f.json")
+    assert rows["without p"]["verdict"] == "wrong" and rows["chunked"]["verdict"] == "right"
+    assert rows["without p"]["error"] > 10 * TOLERANCE[torch.bfloat16]
+
+
 def test_chunked_gold_of_log_probs_equals_whole_logits(monkeypatch):
     monkeypatch.setitem(linear_loss.GOLD, "chunk_tokens", 13)
     x, w, y = (tensor.detach() for tensor in linear_loss.head(40, 16, 101, "cpu", torch.float32))
@@ -301,13 +384,43 @@ def test_small_ops_run_whole_and_plain_torch_is_right(tmp_path):
 
 def test_every_kernel_is_benched():
     public = {path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem[0] != "_"}
-    assert public == OPS.keys()
+    assert public == bench_all.OPS.keys()
+    assert not hasattr(bench_all, "rollout")  # which needs the trainer's packages: imported where it runs
+
+
+def test_a_copy_without_git_can_name_its_commit(monkeypatch, capsys):
+    monkeypatch.setenv("BENCH_COMMIT", "0123abc")
+    assert machine("cpu")["commit"] == "0123abc"
+    with pytest.raises(SystemExit):
+        main({}, ["--help"])
+    assert "BENCH_COMMIT" in capsys.readouterr().out
 
 
 def test_a_missing_library_has_a_reason(monkeypatch):
     monkeypatch.setitem(providers.PACKAGES, "no_such_module", "no-such")
     assert providers.lacking("no_such_module", "cuda") == "not installed: pip install no-such"
     assert providers.lacking("torch", "cpu") == providers.GPU_ONLY and not providers.lacking("torch", "cuda")
+
+
+def test_liger_on_hopper_needs_cute(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cutlass", None)  # as if not installed
+    assert "nvidia-cutlass-dsl" in providers.lacking_cute((9, 0)) and not providers.lacking_cute((8, 0))
+    monkeypatch.setitem(sys.modules, "cutlass", torch)  # as if it were
+    assert not providers.lacking_cute((9, 0))
+
+
+@pytest.mark.parametrize(("family", "line"), [("shared prefix, full", "None"), ("causal, full", "-")])
+def test_packs_of_unrelated_sizes_are_not_joined(tmp_path, monkeypatch, family, line):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, axes, path: drawn.append(axes))
+    row = {"provider": "a", "ours": True, "median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "floor_ms": 1.0}
+    plot.time_over_size("attention", family, {"a": [row | {"size": 10}, row | {"size": 20}]}, tmp_path)
+    curve, floor = drawn[0].lines
+    assert curve.get_linestyle() == line and curve.get_marker() == "o"
+    assert (floor.get_linestyle() == "None") == (line == "None")
 
 
 def test_pictures_are_drawn_from_rows(tmp_path):
