@@ -71,6 +71,7 @@ def resolve(cfg):
             if getattr(objective, key) is None:
                 setattr(objective, key, value)
         truncated, dual = phase.top_p < 1 or phase.top_k > 0, objective.clip_ratio_dual
+        cap, floor, mode = objective.tis_cap, objective.tis_floor, objective.tis_mode
         for wrong, message in (
             (not phase.data, ".data is empty: give a file, folder or hub id"),
             (phase.group_size == 1, f".group_size=1: {objective.adv_estimator} compares responses; use 2 or more"),
@@ -78,8 +79,13 @@ def resolve(cfg):
              f".objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1"),
             (0 < dual <= 1, f".objective.clip_ratio_dual={dual}: more than 1, or 0 for off"),
             (phase.top_p > 1, f".top_p={phase.top_p}: at most 1"),
-            (truncated and objective.tis_cap, f": top_p={phase.top_p}, top_k={phase.top_k} make importance weights "
-             "against the sampler wrong; set top_p=1 top_k=0, or objective.tis_cap=0"),
+            (cap and not floor <= 1 <= cap, f".objective.tis_floor={floor}, tis_cap={cap}: 1 must lie between, the "
+             "weight of a token that the sampler and the policy agree on; or tis_cap=0 for off"),
+            (not cap and (floor or mode != "token_truncate"), f".objective.tis_mode={mode}, tis_floor={floor} do "
+             "nothing with tis_cap=0, which is rollout.engine=local's default: set objective.tis_cap"),
+            (truncated and cap and not objective.tis_with_truncated_sampling, f": top_p={phase.top_p}, "
+             f"top_k={phase.top_k} make importance weights against the sampler wrong; set top_p=1 top_k=0, or "
+             "objective.tis_cap=0, or accept it with objective.tis_with_truncated_sampling=true"),
             (phase.prompts_per_step < phase.updates_per_rollout, f".updates_per_rollout={phase.updates_per_rollout} "
              f"exceeds prompts_per_step={phase.prompts_per_step}; a group is never split over updates"),
         ):

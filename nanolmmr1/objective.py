@@ -8,7 +8,7 @@ gradient. `objective` is always a resolved `schema.Objective`.
 Next: policy.py, which differentiates this.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -130,15 +130,54 @@ def kl_penalty(logp, ref_logp, estimator):
     return torch.expm1(-x) + x
 
 
+def importance_ratio(old_logp, sampler_logp, response, objective):
+    """Probability under the policy over probability under the sampler, (N,): the token's, or its response's.
+
+    A response's is the product of its tokens', the exact weight of an expectation over responses, whose variance grows
+    with their length; a token's ignores what came before it (Liu, Li et al., 2025, richardli.xyz/rl-collapse).
+    """
+    log_ratio = old_logp - sampler_logp  # (N,)
+    if objective.tis_mode.startswith("sequence"):
+        log_ratio = _sum_by(response, log_ratio, len(torch.bincount(response)))[response]
+    return log_ratio.exp()
+
+
+def importance_weights(ratio, objective):
+    """What a token's surrogate is multiplied by, (N,), given its `importance_ratio`.
+
+    truncate  clip(ratio, tis_floor, tis_cap)               (Yao et al., 2025, fengyao.notion.site/off-policy-rl)
+    mask      ratio inside [tis_floor, tis_cap], else 0     (IcePop, arXiv 2510.18855)
+
+    A masked token still counts in the averages, and keeps its KL and entropy.
+    """
+    low, high = objective.tis_floor, objective.tis_cap
+    if objective.tis_mode.endswith("truncate"):
+        return ratio.clamp(low, high)
+    return torch.where((ratio < low) | (ratio > high), 0, ratio)  # NaN stays NaN
+
+
+def fold_importance(tokens, objective):
+    """The same loss as (tokens, objective) with the importance weights in the advantage, where that can be done.
+
+    With `old_logp` they are constants, and not negative; the surrogate is linear in an advantage of given sign. So
+    nothing that cuts `tokens` afterwards, or evaluates the loss elsewhere, need know of them. Without `old_logp` they
+    are the current policy's and stay. tokens: whole responses.
+    """
+    if tokens.old_logp is None or not objective.tis_cap:
+        return tokens, objective
+    advantage = _importance(tokens.old_logp, tokens, objective) * tokens.advantage  # (N,)
+    return replace(tokens, advantage=advantage), replace(objective, tis_cap=0.0)
+
+
 def needs_whole_sequences(objective):
     """Whether a token's loss reads its whole response, so that `Tokens` may be cut between responses only."""
-    return objective.loss_type == "gspo"
+    return objective.loss_type == "gspo" or bool(objective.tis_cap) and objective.tis_mode.startswith("sequence")
 
 
 def policy_loss(logp, entropy, tokens, objective):
     """Weighted per-token losses, (N,), whose sum is the loss; differentiable in logp and entropy.
 
-    weight_t * (-tis_t * surrogate_t + kl_coef * kl_t - entropy_coef * entropy_t)
+    weight_t * (-importance_t * surrogate_t + kl_coef * kl_t - entropy_coef * entropy_t)
 
     logp (N,) fp32: of the sampled tokens under the policy; entropy (N,) fp32: of its distribution there. Nats.
     """
@@ -155,9 +194,10 @@ def policy_stats(logp, entropy, tokens, objective):
 
     `pg_loss` and `kl_loss` are weighted, so their sum over a step is a mean; divide the others by `tokens`. `kl_loss`
     leaves kl_coef out, and is absent without a reference. `clipfrac_*` count tokens whose gradient the clip removed,
-    or, for cispo, whose importance weight it changed. `mismatch_*` compare the sampler with the policy it stood for.
+    or, for cispo, whose importance weight it changed.
     """
-    old, ratio, advantage = _old(logp, tokens), _ratio(logp, tokens, objective), tokens.advantage
+    tokens, objective = fold_importance(tokens, objective)  # what a mask removed, the clip did not
+    ratio, advantage = _ratio(logp, tokens, objective), tokens.advantage
     clipped = _clip(ratio, advantage, objective)
     lower, upper = (clipped > ratio) & (advantage != 0), (clipped < ratio) & (advantage != 0)
     dual = upper & (advantage < 0) & (objective.loss_type != "cispo")
@@ -165,12 +205,10 @@ def policy_stats(logp, entropy, tokens, objective):
         "tokens": torch.ones_like(logp),
         "pg_loss": tokens.weight * _policy_term(logp, tokens, objective),
         "entropy": entropy,
-        "ppo_kl": old - logp,
+        "ppo_kl": _old(logp, tokens) - logp,
         "clipfrac_higher": upper & ~dual,
         "clipfrac_lower": lower,
         "clipfrac_dual": dual,
-        "mismatch_kl": kl_penalty(tokens.sampler_logp, old, "k3"),
-        "mismatch_abs": (old - tokens.sampler_logp).abs(),
     }
     if tokens.ref_logp is not None:
         stats["kl_loss"] = tokens.weight * _kl_term(logp, tokens, objective)
@@ -184,8 +222,8 @@ def _policy_term(logp, tokens, objective):
         # A clipped token is held in weight but keeps its gradient (MiniMax-M1, arXiv 2506.13585).
         surrogate = surrogate.detach() * logp
     if objective.tis_cap:
-        # Another engine's tokens are off-policy even when fresh (Yao et al., 2025, fengyao.notion.site/off-policy-rl).
-        surrogate = surrogate * (_old(logp, tokens) - tokens.sampler_logp).exp().clamp(max=objective.tis_cap)
+        # Another engine's tokens are off-policy even when fresh.
+        surrogate = surrogate * _importance(logp, tokens, objective)
     return -surrogate
 
 
@@ -199,6 +237,12 @@ def _kl_term(logp, tokens, objective):
 def _old(logp, tokens):
     """Log-probs, (N,), of the policy that the ratio is taken against, without gradient."""
     return logp.detach() if tokens.old_logp is None else tokens.old_logp
+
+
+def _importance(logp, tokens, objective):
+    """Importance weights, (N,), of the policy that the ratio is taken against over the sampler; without gradient."""
+    ratio = importance_ratio(_old(logp, tokens), tokens.sampler_logp, tokens.response, objective)
+    return importance_weights(ratio, objective)
 
 
 def _ratio(logp, tokens, objective):

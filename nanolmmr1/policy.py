@@ -14,7 +14,7 @@ from nanolmmr1.config import UserError
 from nanolmmr1.kernels.attention import attention
 from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
-from nanolmmr1.objective import needs_whole_sequences, policy_loss, policy_stats
+from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
 
@@ -108,12 +108,15 @@ class Policy:
             )
 
     def learn(self, pack, tokens, objective, temperature):
-        """Add the pack's gradient; returns the sums of `policy_stats`, with `loss`.
+        """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
 
         Args:
             pack: Pack; tokens: objective.Tokens of its N scored tokens.
         """
         pack = pack.to(self.device)
+        # Known importance weights cost nothing. Unknown ones of whole responses cost a second pass through the head,
+        # a fraction of what it would cost to score the responses beforehand.
+        tokens, objective = fold_importance(tokens, objective)
         with self.autocast():
             hidden = self.hidden(pack, self.model).to(self.dtype)
             loss, logp, entropy = linear_loss(
@@ -130,7 +133,7 @@ class Policy:
                 impl=self.cfg.pack.head,
             )
         loss.backward()
-        return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach()}
+        return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
     def apply(self, lr, loss):
         """Clip and update; returns the gradient's norm before clipping, and whether the update was made.
@@ -161,8 +164,9 @@ class Policy:
 
 
 def fused_objective(tokens, objective):
-    """`policy_loss` of these tokens as the head's row kernel takes it, or None where one token's loss reads others."""
-    if needs_whole_sequences(objective):
+    """`policy_loss` of these tokens as the head's row kernel takes it, or None where the kernel does not know it."""
+    capped = objective.tis_mode == "token_truncate" and not objective.tis_floor  # the kernel's own importance weights
+    if needs_whole_sequences(objective) or objective.tis_cap and not capped:
         return None
     return FusedObjective(
         advantage=tokens.advantage,

@@ -31,7 +31,11 @@ class Objective:
     kl_place: str = opt("loss", "loss | reward (k1 only)")
     kl_ratio: bool = opt(False, "multiply the KL term in the loss by the importance ratio")
     entropy_coef: float = opt(0.0, "entropy bonus")
-    tis_cap: float | None = opt(None, "importance weights against another engine's sampler are capped here; 0: off")
+    tis_cap: float | None = opt(None, "importance weights policy / sampler are capped here; 0: off; none: 2, local 0")
+    tis_floor: float = opt(0.0, "importance weights below are raised to this, or masked")
+    tis_mode: str = opt("token_truncate", "token_truncate | token_mask (weight 0 outside [tis_floor, tis_cap]) | "
+                        "sequence_truncate | sequence_mask (one weight a response)")
+    tis_with_truncated_sampling: bool = opt(False, "accept importance weights with top_p < 1 or top_k > 0: biased")
 
 
 ALGORITHMS = {
@@ -92,8 +96,18 @@ class Reward:
 
 @dataclass
 class Rollout:
-    engine: str = opt("local", "local")
+    engine: str = opt("local", "local (our own) | vllm (pip install 'nanolmmr1[vllm]') | server (vLLM elsewhere)")
+    servers: list[str] = opt([], "server: vLLM servers that run already, http://HOST:PORT each")
+    server_weights: str = opt("nccl", "server: nccl (handed over after each update, GPU to GPU) | fixed (never)")
+    server_wait_s: float = opt(60.0, "server: with none left, they are tried again for so long before the run stops")
     max_sequences: int = opt(256, "responses decoded together")
+    gpu_memory_utilization: float = opt(0.5, "vllm: share of the GPU's memory for engine weights and cache")
+    kv_cache_gb: float = opt(0.0, "vllm: size of the cache; 0: what the share above leaves, on a CPU at most 4")
+    max_model_len: int = opt(0, "vllm: longest prompt and response together; 0: the longest that a phase allows")
+    tensor_parallel: int = opt(1, "vllm: GPUs an engine is spread over")
+    enforce_eager: bool = opt(False, "vllm: no CUDA graphs; starts faster, samples slower; always so on a CPU")
+    timeout_s: float = opt(3600.0, "vllm, server: a call for responses that takes longer stops the run")
+    untested_vllm: bool = opt(False, "accept a vLLM outside the tested range, 0.32")
 
 
 @dataclass
@@ -156,12 +170,15 @@ class Recipe:
 CHOICES = {
     "algorithm": tuple(ALGORITHMS), "adv_estimator": ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"),
     "loss_type": ("ppo", "gspo", "cispo"), "loss_avg_mode": ("token", "sequence", "constant"),
+    "tis_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "kl_estimator": ("k1", "k2", "k3"), "kl_place": ("loss", "reward"), "reference": ("phase", "start"),
-    "engine": ("local",), "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
+    "engine": ("local", "vllm", "server"), "server_weights": ("nccl", "fixed"),
+    "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "never"), "world": ("", "desk"),
     "attention": ("auto", "triton", "varlen", "flash", "sdpa", "reference"),
     "head": ("auto", "triton", "chunked", "reference"), "head_logits": ("float32", "bfloat16"),
 }
 POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",
             "updates_per_rollout", "min_pixels", "max_pixels", "workers", "timeout_s", "max_sequences", "eps",
-            "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps"}  # no number may be negative
+            "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps",
+            "gpu_memory_utilization", "tensor_parallel"}  # no number may be negative

@@ -3,7 +3,7 @@
 `Trainer.step` is the page that everything else serves: sample, judge, pack, remember, learn,
 account. Nothing in it depends on the engine, the model or the phase.
 
-Next: pack.py (how tokens lie in memory), objective.py (what is optimised).
+Next: pack.py (how tokens lie in memory), objective.py (what is optimised), account.py (what is told of it).
 """
 
 import zlib
@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from nanolmmr1.account import account
 from nanolmmr1.config import UserError
 from nanolmmr1.data import PromptSampler, open_image
-from nanolmmr1.metrics import StageTimer, peak_rss_mb
+from nanolmmr1.metrics import StageTimer
 from nanolmmr1.objective import Tokens, overlong_penalty, token_advantages, token_weights
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.policy import learning_rate
 from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.weights import published
 
 
 @dataclass
@@ -58,9 +60,9 @@ class Rollout:
         self.response = torch.repeat_interleave(self.lengths)  # (M,)
         self.sampler_logp = torch.cat([r.logp for r in responses])  # (M,)
         self.rewards = torch.tensor([reward for group in groups for reward in group.rewards])  # (R,)
-        self.cut = torch.tensor([r.finish == "length" for r in responses])  # (R,)
         self.weight = torch.zeros(len(responses))  # (R,), of each of the response's tokens
         self.old_logp = self.ref_logp = self.advantage = None  # (M,)
+        self.first_logp = torch.zeros_like(self.sampler_logp)  # (M,), of the policy before its first update
 
     def tokens(self, pack, device):
         """The objective's view of a pack."""
@@ -123,7 +125,7 @@ class Trainer:
             kl_in_reward = objective.kl_coef and objective.kl_place == "reward"
             if phase.updates_per_rollout > 1 or kl_in_reward:
                 with timer.stage("old"):
-                    rollout.old_logp = self.score(updates, rollout)
+                    rollout.old_logp = rollout.first_logp = self.score(updates, rollout)
             if policy.reference is not None:
                 with timer.stage("ref"):
                     rollout.ref_logp = self.score(updates, rollout, policy.reference)
@@ -142,7 +144,8 @@ class Trainer:
         self.progress.step += 1
         self.progress.phase_step += 1
         self.progress.cursor = cursor
-        record = self.account(rollout, sampled, learnt, split, timer)
+        learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
+        record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, timer.seconds())
         self.metrics.write(record)
         self.progress.metric_lines += 1
         self.keep_sample(rollout)
@@ -180,7 +183,6 @@ class Trainer:
                 self.sampler.wake()
                 seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(count)]
                 groups = self.sampler.generate(prompts, params, seeds)
-                self.sampler.sleep()
             with timer.stage("reward"):
                 self.judge_groups(groups)
             cursor += count
@@ -188,6 +190,7 @@ class Trainer:
             kept += [g for g in groups if not phase.dynamic_sampling or len(set(g.rewards)) > 1]
             if len(kept) == phase.prompts_per_step:
                 break
+        self.sampler.sleep()
         if not kept:
             self.display.note(
                 f"step {self.progress.step + 1}: all {len(sampled)} groups have equal rewards, so nothing is learnt; "
@@ -241,67 +244,17 @@ class Trainer:
                     pack, rollout.tokens(pack, self.policy.device), phase.objective, phase.temperature
                 )
                 loss += float(stats["loss"])
+                logp = stats.pop("logp")
+                if rollout.old_logp is None:
+                    rollout.first_logp[pack.where] = logp.cpu()
                 for key, value in stats.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
             norm, updated = self.policy.apply(lr, loss)
             norms.append(norm)
             self.progress.bad_steps = 0 if updated else self.progress.bad_steps + 1
             self.progress.skipped_steps += not updated
-        self.sampler.update(self.policy.model)
-        return {
-            "lr": lr,
-            "norm": sum(norms) / len(norms),
-            "micro_batches": sum(map(len, updates)),
-            "updates": len(updates),
-        } | sums
-
-    def account(self, rollout, sampled, learnt, split, timer):
-        """The step's record. Rewards and lengths are of everything sampled, the rest of what was learnt from."""
-        progress, tokens = self.progress, max(1, learnt["tokens"])
-        judgements = [j for group in sampled for j in group.judgements]
-        spread = [len(set(group.rewards)) > 1 for group in sampled]
-        lengths = torch.tensor([len(r.ids) for group in sampled for r in group.responses], dtype=torch.float)
-        cut = [r.finish == "length" for group in sampled for r in group.responses]
-        prompts = [len(group.prompt.ids) for group in sampled]
-        parts = {key for judgement in judgements for key in judgement} - {"timeout"}
-        seconds = timer.seconds()
-        handled = sum(prompts) + float(lengths.sum())
-        return {
-            "phase": progress.phase,
-            "step": progress.step,
-            "phase_step": progress.phase_step,
-            **{f"reward/{key}": _mean([j[key] for j in judgements if key in j]) for key in sorted(parts)},
-            "reward/timeouts": sum(j["timeout"] for j in judgements),
-            "reward/frac_zero_std": 1 - _mean(spread),
-            "actor/pg_loss": learnt["pg_loss"] / learnt["updates"],
-            "actor/kl_loss": learnt.get("kl_loss", 0.0) / learnt["updates"],
-            "actor/entropy": learnt["entropy"] / tokens,
-            "actor/ppo_kl": learnt["ppo_kl"] / tokens,
-            **{
-                f"actor/pg_{key}": learnt[key] / tokens
-                for key in ("clipfrac_higher", "clipfrac_lower", "clipfrac_dual")
-            },
-            "actor/grad_norm": learnt["norm"],
-            "actor/lr": learnt["lr"],
-            "actor/skipped_steps": progress.skipped_steps,
-            "mismatch/kl": learnt["mismatch_kl"] / tokens,
-            "mismatch/logp_abs": learnt["mismatch_abs"] / tokens,
-            "response_length/mean": float(lengths.mean()),
-            "response_length/max": int(lengths.max()),
-            "response_length/min": int(lengths.min()),
-            "response_length/clip_ratio": _mean(cut),
-            "prompt_length/mean": _mean(prompts),
-            "prompt_length/max": max(prompts),
-            "dynamic/sampled_groups": len(sampled),
-            "dynamic/trained_groups": len(rollout.groups),
-            "pack/micro_batches": learnt["micro_batches"],
-            "pack/split_groups": split,
-            **seconds,
-            "perf/time_per_step": seconds["timing_s/step"],
-            "perf/total_num_tokens": int(handled),
-            "perf/throughput": handled / seconds["timing_s/step"],
-            "perf/peak_rss_mb": peak_rss_mb(),
-        }
+        self.sampler.update(published(self.policy.model))
+        return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
 
     def keep_sample(self, rollout):
         """Keep the step's first group, at about ten steps a phase, the first and last among them."""
@@ -336,7 +289,3 @@ def _deal(groups, parts):
     """`parts` contiguous shares, as equal as can be; fewer where there are fewer groups."""
     parts = min(parts, len(groups))
     return [groups[len(groups) * i // parts : len(groups) * (i + 1) // parts] for i in range(parts)]
-
-
-def _mean(values):
-    return sum(values) / len(values)

@@ -186,6 +186,15 @@ def _shards(folder):
     return paths
 
 
+def published(model):
+    """(published name, whole tensor) of all weights, one at a time: a sharded one is gathered when its turn comes.
+
+    A head tied to the embedding is the embedding, and comes once, under that name.
+    """
+    for name, p in model.named_parameters():
+        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
 def save(model, folder, source, dtype=torch.float32):
     """Write a Hugging Face folder: weights in published names, everything else copied from `source`.
 

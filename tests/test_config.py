@@ -161,6 +161,11 @@ WRONG = {  # override -> words of the message
     "phases.train.objective.kl_place=reward": "KL in the reward is k1",
     "phases.train.objective.clip_ratio_dual=0.5": "more than 1, or 0",
     "phases.train.objective.entropy_coef=.nan": "entropy_coef=nan",
+    "phases.train.objective.tis_mode=sequence": "one of 'token_truncate', 'token_mask', 'sequence_truncate'",
+    "phases.train.objective.tis_mode=token_mask": "tis_mode=token_mask, tis_floor=0.0 do nothing with tis_cap=0",
+    "phases.train.objective.tis_floor=0.5": "tis_floor=0.5 do nothing with tis_cap=0",
+    "phases.train.objective.tis_cap=0.5": "tis_floor=0.0, tis_cap=0.5: 1 must lie between",
+    "phases.train.objective={tis_cap: 3, tis_floor: 2}": "tis_floor=2.0, tis_cap=3.0: 1 must lie between",
     "optim.betas=[0.9]": "two numbers in [0, 1)",
     "optim.betas=[0.9, 1.0]": "two numbers in [0, 1)",
     "optim.betas=[0.9, high]": "optim.betas[1]='high': a number",
@@ -187,10 +192,23 @@ def test_a_wrong_value_is_named_with_what_is_wanted(override):
     assert WRONG[override] in str(error.value)
 
 
-def test_truncated_sampling_and_importance_weights_exclude_each_other():
-    assert single("phases.train.top_p=0.9").phases["train"].objective.tis_cap == 0
-    with pytest.raises(UserError, match="top_p=0.9, top_k=0 make importance weights"):
-        single("phases.train.top_p=0.9", "phases.train.objective.tis_cap=2")
+def test_importance_weights_are_on_for_another_engine_and_off_for_our_own():
+    for engine, cap in (("local", 0.0), ("vllm", 2.0)):
+        objective = single(f"rollout.engine={engine}").phases["train"].objective
+        assert (objective.tis_cap, objective.tis_mode, objective.tis_floor) == (cap, "token_truncate", 0.0)
+        for own in (0.0, 5.0):
+            chosen = single(f"rollout.engine={engine}", f"phases.train.objective.tis_cap={own}").phases["train"]
+            assert chosen.objective.tis_cap == own
+
+
+@pytest.mark.parametrize("sampling", ["top_p=0.9", "top_k=20"])
+@pytest.mark.parametrize("weights", ["rollout.engine=vllm", "phases.train.objective.tis_cap=2"])
+def test_truncated_sampling_and_importance_weights_exclude_each_other_unless_asked_for_by_name(sampling, weights):
+    assert single(f"phases.train.{sampling}").phases["train"].objective.tis_cap == 0
+    with pytest.raises(UserError, match=rf"{sampling}.* make importance weights .*tis_with_truncated_sampling=true"):
+        single(f"phases.train.{sampling}", weights)
+    named = "phases.train.objective.tis_with_truncated_sampling=true"
+    assert single(f"phases.train.{sampling}", weights, named).phases["train"].objective.tis_cap == 2
 
 
 @pytest.mark.parametrize("text, words", [

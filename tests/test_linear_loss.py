@@ -322,7 +322,7 @@ def fusable(head_inputs, plain_head):
     def make(with_old=True, **settings):
         settings = FUSABLE | settings
         told = tokens if with_old else replace(tokens, old_logp=None)
-        objective = SimpleNamespace(**settings, kl_place="loss")
+        objective = SimpleNamespace(**settings, kl_place="loss", tis_mode="token_truncate", tis_floor=0.0)
 
         def losses(logp, entropy, rows):
             cast = {k: v if v is None or k == "response" else v.to(logp) for k, v in vars(told[rows]).items()}

@@ -1,10 +1,11 @@
 """What every sampler takes and gives: prompts in, groups out.
 
-A sampler has four verbs: `generate(prompts, params, seeds) -> groups`, `update(weights)`, `sleep()`, `wake()`.
+A sampler has four verbs: `generate(prompts, params, seeds) -> groups`, `update(weights)`, `sleep()`, `wake()`; and
+`stats`, numbers of its own for a step's record.
 A group is a prompt with its G responses. It stays one object from here to the gradient, so the
 prompt and its pictures need go through the model only once.
 
-Next: local.py, our own engine.
+Next: local.py, our own engine; vllm.py, a faster one; server.py, such engines elsewhere.
 """
 
 from dataclasses import dataclass, field

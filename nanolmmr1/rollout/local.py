@@ -25,6 +25,7 @@ class LocalSampler:
     def __init__(self, policy, max_sequences=256):
         self.policy = policy
         self.max_sequences = max_sequences
+        self.stats = {}
 
     def update(self, weights):
         pass
