@@ -63,7 +63,7 @@ def train(cfg):
         rows, tasks = load_data(cfg, processor, judge, display)
         policy = load_policy(cfg, latest / "model" if latest else folder, processor)
         (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        trainer = make_trainer(cfg, run, policy, processor, judge, display, progress)
+        trainer = make_trainer(cfg, run, policy, folder, processor, judge, display, progress)
         before = progress.wall_s
 
         def measure(moment):
@@ -215,9 +215,22 @@ def load_policy(cfg, folder, processor):
     return Policy(weights.load(folder, torch.float32, device), cfg, processor.banned_ids, dtype)
 
 
-def make_trainer(cfg, run, policy, processor, judge, display, progress):
+def make_sampler(cfg, policy, folder, processor):
+    if cfg.rollout.engine == "local":
+        from nanolmmr1.rollout.local import LocalSampler
+
+        return LocalSampler(policy, cfg.rollout.max_sequences)
+    if cfg.rollout.engine == "server":
+        from nanolmmr1.rollout.server import ServerSampler
+
+        return ServerSampler(policy, cfg, processor, folder)
+    from nanolmmr1.rollout.vllm import VllmSampler
+
+    return VllmSampler(policy, cfg, folder)
+
+
+def make_trainer(cfg, run, policy, folder, processor, judge, display, progress):
     from nanolmmr1 import metrics
-    from nanolmmr1.rollout.local import LocalSampler
     from nanolmmr1.trainer import Trainer
 
     log, samples = metrics.MetricsLog(run), metrics.SampleLog(run)
@@ -226,7 +239,7 @@ def make_trainer(cfg, run, policy, processor, judge, display, progress):
     return Trainer(
         cfg,
         policy,
-        LocalSampler(policy, cfg.rollout.max_sequences),
+        make_sampler(cfg, policy, folder, processor),
         processor=processor,
         judge=judge,
         metrics=log,

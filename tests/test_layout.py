@@ -86,6 +86,7 @@ def test_imports_run_one_way():
         ("nanolmmr1.pack", {"nanolmmr1.kernels.attention"}),
         ("nanolmmr1.data", {"nanolmmr1.config"}),
         ("nanolmmr1.metrics", {"nanolmmr1.config"}),
+        ("nanolmmr1.account", {"nanolmmr1.metrics", "nanolmmr1.objective"}),
         ("nanolmmr1.weights", {"nanolmmr1.config", "nanolmmr1.model"}),
         ("nanolmmr1.prompt", {"nanolmmr1.config", "nanolmmr1.data"}),
         ("nanolmmr1.reward", {"nanolmmr1.config", "nanolmmr1.judge"}),
@@ -103,7 +104,8 @@ def test_the_package_itself_imports_nothing():
 def test_a_library_stays_in_the_file_that_owns_it(path):
     name = module_name(path)
     assert "transformers" not in roots(path) or name == "nanolmmr1.prompt"
-    assert "vllm" not in roots(path)
+    # One file for the engine in this process, one for weights that go to an engine elsewhere.
+    assert "vllm" not in roots(path) or name in ("nanolmmr1.rollout.vllm", "nanolmmr1.rollout.weight_transfer")
     assert not roots(path) & {"bench", "tests"}
     assert "nanolmmr1.trainer" not in imports(path) or name == "train"
     assert "train" not in imports(path)

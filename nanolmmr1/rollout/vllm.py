@@ -1,0 +1,345 @@
+"""The fast sampler: a vLLM engine inside the trainer's process, on the trainer's own device.
+
+Nothing is prepared twice. A prompt reaches the engine as the token ids, patches and grid that the trainer computes
+with, so neither tokenizer nor image processor of the engine can disagree with ours. The engine starts with random
+weights; what it samples from is what `update` streamed into it, tensor by tensor, and the first time all of its
+tensors are read back and compared.
+
+On a GPU the engine sleeps between rollouts: weights and cache are dropped, not copied to the host, and the next
+rollout streams the weights in anew. Written against vLLM 0.32.
+"""
+
+import hashlib
+import os
+import time
+import zlib
+
+import numpy as np
+import torch
+
+from nanolmmr1.config import UserError
+from nanolmmr1.rollout import Group, Response
+from nanolmmr1.weights import published
+
+TESTED = "0.32"
+EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # engine's -> published
+CPU_CACHE_BYTES = 4 << 30
+
+
+class VllmSampler:
+    """One engine. Under torchrun each tensor-parallel group is one; its ranks must be given the same prompts.
+
+    Args:
+        policy: offers `model`, `device` and `dtype`.
+        cfg: the recipe. folder: the model's; its config and tokenizer are read, its weights are not.
+
+    Raises:
+        UserError: vLLM is missing, untested or cannot start; or its tensors are not the policy's.
+    """
+
+    def __init__(self, policy, cfg, folder):
+        vllm = _import(cfg.rollout.untested_vllm)
+        self.policy, self.cfg, self.on_gpu = policy, cfg, policy.device.type == "cuda"
+        self.asleep, self.stats, self.calls = set(), {}, 0
+        parts = [*cfg.phases.values(), cfg.evaluate]
+        self.max_len = cfg.rollout.max_model_len or max(p.max_prompt_tokens + p.max_response_tokens for p in parts)
+        set_num_threads = torch.set_num_threads
+        try:
+            # As vLLM's own offline class asks: defaults for throughput rather than latency.
+            context = vllm.usage.usage_lib.UsageContext.LLM_CLASS
+            self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(folder)), context)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"vLLM could not start: {_reason(error)}{self._held()}") from error
+        finally:
+            torch.set_num_threads = set_num_threads  # on a CPU vLLM replaces it by a function that does nothing
+        self.merge = self.engine.model_config.hf_config.vision_config.spatial_merge_size
+        self.tensors = self.engine.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
+        self.update(published(policy.model))
+
+    def _engine_args(self, folder):
+        rollout, prompt, model = self.cfg.rollout, self.cfg.prompt, self.policy.model.cfg
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world % rollout.tensor_parallel:
+            raise UserError(f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world} processes")
+        args = dict(
+            model=str(folder),
+            load_format="dummy",
+            dtype=str(self.policy.dtype).removeprefix("torch."),
+            seed=self.cfg.seed,
+            max_model_len=self.max_len,
+            max_num_seqs=rollout.max_sequences,
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans included
+            generation_config="vllm",  # the model's own would change temperature and penalties
+            enable_prefix_caching=True,  # a group's prompt is computed once
+            mm_processor_cache_gb=0,  # nothing is processed there
+            mm_device_do_normalize=False,  # patches come normalised; the default would do so again, and not say so
+            mm_processor_kwargs=dict(min_pixels=prompt.min_pixels, max_pixels=prompt.max_pixels),  # sizes its buffers
+            limit_mm_per_prompt={"video": 0},
+            enforce_eager=rollout.enforce_eager or not self.on_gpu,
+            tensor_parallel_size=rollout.tensor_parallel,
+            disable_log_stats=True,
+        )
+        if world > 1:
+            args["distributed_executor_backend"] = "external_launcher"
+        if self.on_gpu:
+            # The pool that sleeps cannot live in expandable segments; 0.32 turns them off while it allocates there.
+            args |= dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=True)
+        else:
+            # A prompt cut between two steps rewinds its seeded generator, which 0.32 cannot do on a CPU: so cut none.
+            args |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, self.max_len))
+            row = 2 * model.num_key_value_heads * model.head_dim * self.policy.dtype.itemsize
+            tokens = rollout.max_sequences * (self.max_len + 256)  # a sequence's last block is partly empty
+            args["kv_cache_memory_bytes"] = min(tokens * model.num_hidden_layers * row, CPU_CACHE_BYTES)
+        if rollout.kv_cache_gb:
+            args["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
+        return args
+
+    @torch.no_grad()
+    def generate(self, prompts, params, seeds, advance=lambda n: None):
+        """One group a prompt, in order; as LocalSampler's, but the same seeds draw other tokens.
+
+        Raises:
+            UserError: a prompt does not fit the engine, or the engine failed or passed rollout.timeout_s.
+        """
+        self.wake()
+        requests = [self._request(prompt, params.max_tokens) for prompt in prompts]
+        G, timeout, began = params.num_responses, self.cfg.rollout.timeout_s, time.monotonic()
+        self.calls += 1
+        waiting, done = {}, {}
+        try:
+            for b, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+                for g in range(G):
+                    waiting[f"{self.calls}-{b}-{g}"] = b, g
+                    self.engine.add_request(f"{self.calls}-{b}-{g}", request, _params(params, (*seed, g)))
+            while waiting:
+                if time.monotonic() - began > timeout:
+                    raise UserError(f"vLLM had {len(waiting)} responses unfinished after rollout.timeout_s={timeout:g} "
+                                    "seconds: raise it, or lower max_response_tokens")
+                for output in self.engine.step():
+                    b, g = waiting.pop(output.request_id)
+                    done[b, g] = _response(output, prompts[b])
+                    advance(int(all((b, other) in done for other in range(G))))
+        except UserError:
+            raise
+        except Exception as error:  # whatever it is, the run must end with a checkpoint and a reason
+            raise UserError(f"vLLM failed while sampling: {_reason(error)}{self._held()}") from error
+        finally:
+            self.engine.abort_request(list(waiting))
+        return [Group(prompt, [done[b, g] for g in range(G)]) for b, prompt in enumerate(prompts)]
+
+    def _request(self, prompt, new_tokens):
+        """The prompt as the engine's own input: what its processor would have made, made of our very tensors."""
+        from vllm.inputs.engine import mm_input, tokens_input
+        from vllm.multimodal import inputs as mm
+
+        ids, row, given = prompt.ids.tolist(), f"row {prompt.row.id}", len(prompt.image_slots)
+        if len(ids) + new_tokens > self.max_len:
+            raise UserError(f"{row}: {len(ids)} prompt tokens and {new_tokens} new ones exceed the engine's "
+                            f"{self.max_len}: raise rollout.max_model_len, or 0 to derive it from the phases")
+        patches = prompt.grid.prod(1).tolist()
+        counts = [count // self.merge**2 for count in patches]  # as the engine counts an image's tokens
+        if sum(counts) != given or sum(patches) != len(prompt.patches):
+            raise UserError(f"{row}: {given} image tokens and {len(prompt.patches)} patches, but the engine makes "
+                            f"{sum(counts)} and {sum(patches)} of the grids {prompt.grid.tolist()}")
+        if not given:
+            return tokens_input(ids)
+        items, hashes, places = [], [], []
+        images = zip(prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True)
+        for grid, pixels, slots in images:
+            first, last = int(slots[0]), int(slots[-1])
+            if last - first + 1 != len(slots):
+                raise UserError(f"{row}: the {len(slots)} tokens of the image at token {first} are not neighbours")
+            items.append(mm.MultiModalKwargsItem(
+                pixel_values=mm.MultiModalFieldElem(pixels, mm.MultiModalFlatField(slices=[slice(0, len(pixels))])),
+                image_grid_thw=mm.MultiModalFieldElem(grid, mm.MultiModalBatchedField(keep_on_cpu=True))))
+            # Image features and cached prefixes go by this name: the same grid and pixels, the same features.
+            digest = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16, salt=grid.numpy().tobytes()[:16])
+            hashes.append(digest.hexdigest())
+            places.append(mm.PlaceholderRange(offset=first, length=len(slots)))
+        return mm_input(ids, mm.MultiModalKwargsItems({"image": items}), {"image": hashes}, {"image": places})
+
+    @torch.no_grad()
+    def update(self, weights, verify=False):
+        """Stream new weights into the engine, in place, and forget what it cached under the old ones.
+
+        Args:
+            weights: iterable of (published name, whole tensor); used once, and no more than a layer's are held.
+            verify: read the engine's tensors back and compare; always done the first time.
+
+        Raises:
+            UserError: a tensor is missing, comes twice or has no place in the engine, or differs when read back.
+        """
+        began, verify = time.perf_counter(), verify or "handover_s" not in self.stats
+        if "weights" in self.asleep:
+            self.engine.wake_up(["weights"])
+            self.asleep = {"kv_cache"}
+        given = {}  # engine's tensor -> {part: what to find there}
+
+        def watched():
+            for name, tensor in weights:
+                target, part = engine_tensor(name)
+                parts = given.setdefault(target, {})
+                if part in parts or target not in self.tensors:
+                    raise UserError(f"{name} {'came twice' if part in parts else 'has no place in the engine'}: is the "
+                                    "recipe's model the one that is trained?")
+                parts[part] = _column(target, tensor).to(self.policy.dtype, copy=True) if verify else None
+                yield name, tensor
+
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": watched()})
+        partial = {t for t, parts in given.items() if len(parts) != len(FUSED.get(t.split(".")[-2], "1"))}
+        if missing := sorted(partial | (self.tensors - given.keys())):
+            raise UserError(f"{len(missing)} of the engine's {len(self.tensors)} tensors were not handed over, or in "
+                            f"part, {missing[0]} first: is the recipe's model the one that is trained?")
+        self.engine.apply_model(_repack_tied_head)
+        if verify:
+            self._verify({target: torch.cat([parts[i] for i in sorted(parts)]) for target, parts in given.items()})
+        self._reset_caches()
+        self.stats["handover_s"] = time.perf_counter() - began
+
+    def _verify(self, expected):
+        """Compare a column of every engine tensor with the trainer's, bit by bit; of spread ones, vectors alone."""
+        spread = self.cfg.rollout.tensor_parallel > 1
+
+        def differing(model):
+            if HEAD not in expected:
+                expected[HEAD] = _column(HEAD, model.get_parameter(EMBED))  # tied
+            for target, column in expected.items():
+                if spread and model.get_parameter(target).shape != column.shape:
+                    continue
+                if not torch.equal(_read(model, target)[: len(column)], column):  # the vocabulary may be padded
+                    yield target
+
+        if wrong := self.engine.apply_model(lambda model: list(differing(model)))[0]:
+            raise UserError(f"after the hand-over {len(wrong)} of the engine's {len(expected)} tensors are not the "
+                            f"trainer's, {wrong[0]} first")
+
+    def wake(self):
+        """Take the engine's memory back: weights, then cache. Weights that were dropped are streamed in anew."""
+        if "weights" in self.asleep:
+            self.update(published(self.policy.model))
+        if self.asleep:
+            self.engine.wake_up(["kv_cache"])
+            self.asleep = set()
+
+    def sleep(self):
+        """Give the GPU's memory to the trainer. A CPU has nothing to give; there, only the caches are emptied."""
+        self._reset_caches()
+        if self.on_gpu:
+            self.engine.sleep(level=2)  # level 1 would keep a copy of the weights in the host's memory
+            self.asleep = {"weights", "kv_cache"}
+            free, total, trainer, _ = self._memory()
+            self.stats["left_asleep_mb"] = (total - free - trainer) / 2**20  # contexts, graphs, other processes
+
+    def close(self):
+        """End the engine, and the process group that it began."""
+        self.engine.engine_core.shutdown()
+
+    def _reset_caches(self):
+        """Prefixes and image features of old weights; the latter would also grow with every image seen."""
+        self.engine.reset_prefix_cache()
+        self.engine.reset_mm_cache()
+        self.engine.reset_encoder_cache()
+
+    def _memory(self):
+        """Bytes of the GPU: free, all, held by the trainer, and in the engine's pool, asleep or not."""
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        pool = get_mem_allocator_instance().get_current_usage()
+        return *torch.cuda.mem_get_info(self.policy.device), torch.cuda.memory_reserved() - pool, pool
+
+    def _held(self):
+        if not self.on_gpu:
+            return ""
+        free, total, trainer, pool = (f"{size / 2**30:.1f}" for size in self._memory())
+        return (f" ({free} of {total} GB are free; the trainer holds {trainer}, the engine's pool {pool}; if that "
+                "is why, lower rollout.gpu_memory_utilization, rollout.max_sequences or pack.tokens_per_micro_batch)")
+
+
+def engine_tensor(name):
+    """The engine's tensor that holds a published one, and its place among those fused there."""
+    if name.startswith(("model.", "lm_head.")):
+        name = f"language_model.{name}"
+    path, layer, kind = name.rsplit(".", 2)
+    for fused, parts in FUSED.items():
+        if layer in parts:
+            return f"{path}.{fused}.{kind}", parts.index(layer)
+    return name, 0
+
+
+def _column(target, tensor):
+    """What is compared of a tensor: one column, chosen by name, or all of a vector."""
+    matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    return matrix[:, zlib.crc32(target.encode()) % matrix.shape[1]]
+
+
+def _read(model, target):
+    """The same column of the engine's tensor."""
+    path, kind = target.rsplit(".", 1)
+    module = model.get_submodule(path)
+    tensor = getattr(module, kind)
+    if kind != "weight" or target == EMBED or not hasattr(module, "cpu_linear"):
+        return _column(target, tensor)
+    # On a CPU a weight is packed for its matrix product and kept in no other form. A unit vector times it is exact.
+    unit = tensor.new_zeros(1, module.embedding_dim if target == HEAD else module.input_size_per_partition)
+    _column(target, unit).fill_(1)
+    return module.cpu_linear(unit, tensor, None)[0]
+
+
+def _repack_tied_head(model):
+    """On a CPU a tied head packs a copy of the embedding, and vLLM 0.32 forgets that copy when it reloads weights."""
+    head = model.language_model.lm_head
+    if hasattr(head, "cpu_linear") and head.weight is model.get_parameter(EMBED):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _params(params, seed):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        max_tokens=params.max_tokens,
+        stop_token_ids=list(params.stop_ids),
+        ignore_eos=True,  # stop_ids say it all
+        logit_bias={token: float("-inf") for token in params.banned_ids} or None,
+        seed=int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)),
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _response(output, prompt):
+    (drawn,), read = output.outputs, len(output.prompt_token_ids)
+    if read != len(prompt.ids) or drawn.finish_reason not in ("stop", "length"):
+        raise UserError(f"row {prompt.row.id}: vLLM read {read} of {len(prompt.ids)} prompt tokens and finished by "
+                        f"{drawn.finish_reason!r}")
+    ids, logp = torch.tensor(drawn.token_ids, dtype=torch.int64), torch.tensor(drawn.logprobs.logprobs)
+    return Response(ids, logp, drawn.finish_reason)
+
+
+def _import(untested):
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # a failure would print every request; we say what it was
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves the trainer one thread
+    try:
+        import vllm
+        from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Model
+    except (ImportError, RuntimeError) as error:
+        if getattr(error, "name", "") == "vllm":
+            raise UserError("rollout.engine=vllm needs vLLM: pip install 'nanolmmr1[vllm]'") from error
+        raise UserError(f"vLLM is installed but cannot be imported: {_reason(error)}") from error
+    if not (untested or vllm.__version__.startswith(f"{TESTED}.")):
+        raise UserError(f"vLLM {vllm.__version__} is installed, but only {TESTED} is tested: pip install "
+                        "'nanolmmr1[vllm]', or try this one with rollout.untested_vllm=true")
+    vllm.ModelRegistry.register_model(Model.__name__, Model)  # else a child process is started to look at it
+    return vllm
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}"
