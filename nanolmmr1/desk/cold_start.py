@@ -54,6 +54,20 @@ CHAT_TEMPLATE = (
 def write_model(folder, world, rows, seed, display):
     """A Hugging Face folder with the cold-started model, its tokenizer and processor."""
     folder.mkdir()
+    write_settings(folder, rows)
+    torch.manual_seed(seed)
+    model = Qwen25VL(weights.read_config(folder))
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.02 if "embed" in name else (2 / (p[0].numel() + len(p))) ** 0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    _teach(model, folder, world, rows, seed, display)
+    weights.save(model, folder, folder)
+
+
+def write_settings(folder, rows):
+    """All of the folder but its weights: configuration, tokenizer (of these rows' words), processor."""
     _write_json(
         folder / "preprocessor_config.json",
         {
@@ -78,15 +92,6 @@ def write_model(folder, world, rows, seed, display):
             "do_sample": True,
         },
     )
-    torch.manual_seed(seed)
-    model = Qwen25VL(weights.read_config(folder))
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.02 if "embed" in name else (2 / (p[0].numel() + len(p))) ** 0.5)
-        elif name.endswith("bias"):
-            torch.nn.init.zeros_(p)
-    _teach(model, folder, world, rows, seed, display)
-    weights.save(model, folder, folder)
 
 
 def _teach(model, folder, world, rows, seed, display):
