@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from compare import errors
 
 from nanolmmr1.kernels import _rows
 from nanolmmr1.kernels import linear_loss as kernel
@@ -51,11 +52,6 @@ def run(inputs, objective, scale=1.0, head=None, **options):
 
 def double(inputs):
     return inputs[0].double(), inputs[1].double(), inputs[2]
-
-
-def errors(ours, gold):
-    """Of loss, dhidden, dweight, in units of the largest gold value."""
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, gold, strict=True)]
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

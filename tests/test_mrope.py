@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from compare import largest, run
 from test_swiglu import guard_memory
 
 from nanolmmr1.kernels import _triton
@@ -59,18 +60,8 @@ def complex_turn(op, at):
     return lambda q, k: (turn(q), turn(k))
 
 
-def run(function, tensors, device="cpu"):
-    """Outputs and gradients, under fixed upstream gradients of both signs."""
-    tensors = [t.to(device).requires_grad_() for t in tensors]
-    out = function(*tensors)
-    generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in out]
-    grads = torch.autograd.grad(out, tensors, upstream)
-    return [x.detach().cpu() for x in (*out, *grads)]
-
-
 def error(ours, gold):
-    return max(float((a.double() - b).abs().max()) for a, b in zip(ours, gold, strict=True))
+    return max(largest(ours, gold))
 
 
 @pytest.mark.parametrize("name", CASES)

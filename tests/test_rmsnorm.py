@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from compare import assert_within_twice, errors, run
 from test_swiglu import guard_memory
 
 from nanolmmr1.kernels import _triton
@@ -46,27 +47,6 @@ def plain(x, weight, residual=None):
     s = x if residual is None else x + residual
     y = torch.stack([weight * row / ((row @ row) / len(row) + EPS).sqrt() for row in s])
     return (y,) if residual is None else (y, s)
-
-
-def run(function, tensors, device="cpu"):
-    """Outputs and gradients, under fixed upstream gradients of both signs."""
-    tensors = [t.to(device).requires_grad_() for t in tensors]
-    out = function(*tensors)
-    generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in out]
-    grads = torch.autograd.grad(out, tensors, upstream)
-    return [x.detach().cpu() for x in (*out, *grads)]
-
-
-def errors(ours, gold):
-    """One a tensor, in units of its largest gold value."""
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, gold, strict=True)]
-
-
-def assert_within_twice(ours, plain, gold):
-    """Errors at most twice plain torch's; of few numbers that may be by luck, so the last rounding comes on top."""
-    for x, a, b in zip(ours, errors(ours, gold), errors(plain, gold), strict=True):
-        assert a <= 2 * b + max(1e-6, torch.finfo(x.dtype).eps / 2)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from compare import assert_within_twice, errors
 
 from nanolmmr1.kernels import _triton
 from nanolmmr1.kernels import swiglu as kernel
@@ -35,17 +36,6 @@ def run(function, tensors, device="cpu"):
 
 def call(impl):
     return lambda gate, up: swiglu(gate, up, impl=impl)
-
-
-def errors(ours, gold):
-    """One a tensor, in units of its largest gold value."""
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, gold, strict=True)]
-
-
-def assert_within_twice(ours, plain, gold):
-    """Errors at most twice plain torch's; of few numbers that may be by luck, so the last rounding comes on top."""
-    for x, a, b in zip(ours, errors(ours, gold), errors(plain, gold), strict=True):
-        assert a <= 2 * b + max(1e-6, torch.finfo(x.dtype).eps / 2)
 
 
 def guard_memory(monkeypatch):
