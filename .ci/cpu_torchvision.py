@@ -18,8 +18,9 @@ class Declare(importlib.abc.MetaPathFinder):
             import torch
 
             if torch.version.cuda is None:
+                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 for op in ("nms", "qnms"):
-                    torch.library.define(f"torchvision::{op}", "(Tensor boxes, Tensor scores, float limit) -> Tensor")
+                    torch.library.define(f"torchvision::{op}", signature)
 
 
 if __name__ == "__main__":

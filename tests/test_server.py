@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_rollout import ROWS, ids, params, seeds
 from test_run import SMALL, run_here, sums, write_rows  # noqa: F401, a fixture
-from test_vllm import assert_greedy_is_ours, logp_error, shake
+from test_vllm import assert_greedy_is_ours, logp_error, misfits, shake
 
 from nanolmmr1 import config, weights
 from nanolmmr1.config import UserError
@@ -298,12 +298,8 @@ def test_a_server_that_falls_silent_ends_the_call_at_its_deadline(relay, connect
 @needs_vllm
 def test_a_prompt_that_does_not_fit_is_refused_with_its_row(engine, policy, prompts):
     text, _, images = prompts
-    scattered = images.image_slots.clone()
-    scattered[-1] = 0
     for prompt, words in (
-        (dataclasses.replace(images, image_slots=images.image_slots[:-1]), "row images: .* image tokens"),
-        (dataclasses.replace(images, patches=images.patches[:-1]), "row images: .* patches"),
-        (dataclasses.replace(images, image_slots=scattered), "row images: .* not neighbours"),
+        *misfits(images),
         (dataclasses.replace(text, ids=text.ids.repeat(10)), "row text: .*status 400: .*maximum"),
     ):
         with pytest.raises(UserError, match=words):

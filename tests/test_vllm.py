@@ -249,15 +249,22 @@ def test_rounds_of_hand_over_and_sampling_leak_nothing(engine, policy, prompts, 
     assert max(sizes[10:]) - min(sizes[5:10]) < 20  # the embedding alone has 78
 
 
-@needs_vllm
-def test_a_prompt_that_the_engine_would_read_otherwise_is_refused(engine, policy, prompts):
-    text, _, images = prompts
+def misfits(images):
+    """Prompts whose pictures do not fit their tokens, and words of the complaint."""
     scattered = images.image_slots.clone()
     scattered[-1] = 0
-    for prompt, words in (
+    return (
         (dataclasses.replace(images, image_slots=images.image_slots[:-1]), "row images: .* image tokens"),
         (dataclasses.replace(images, patches=images.patches[:-1]), "row images: .* patches"),
         (dataclasses.replace(images, image_slots=scattered), "row images: .* not neighbours"),
+    )
+
+
+@needs_vllm
+def test_a_prompt_that_the_engine_would_read_otherwise_is_refused(engine, policy, prompts):
+    text, _, images = prompts
+    for prompt, words in (
+        *misfits(images),
         (dataclasses.replace(text, ids=text.ids.repeat(10)), "row text: .* exceed the engine's 192"),
     ):
         with pytest.raises(UserError, match=words):

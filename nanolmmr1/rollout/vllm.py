@@ -19,6 +19,7 @@ import torch
 
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
+from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
 from nanolmmr1.weights import published
 
 TESTED = "0.32"
@@ -133,30 +134,22 @@ class VllmSampler:
         from vllm.inputs.engine import mm_input, tokens_input
         from vllm.multimodal import inputs as mm
 
-        ids, row, given = prompt.ids.tolist(), f"row {prompt.row.id}", len(prompt.image_slots)
+        ids = prompt.ids.tolist()
         if len(ids) + new_tokens > self.max_len:
-            raise UserError(f"{row}: {len(ids)} prompt tokens and {new_tokens} new ones exceed the engine's "
-                            f"{self.max_len}: raise rollout.max_model_len, or 0 to derive it from the phases")
-        patches = prompt.grid.prod(1).tolist()
-        counts = [count // self.merge**2 for count in patches]  # as the engine counts an image's tokens
-        if sum(counts) != given or sum(patches) != len(prompt.patches):
-            raise UserError(f"{row}: {given} image tokens and {len(prompt.patches)} patches, but the engine makes "
-                            f"{sum(counts)} and {sum(patches)} of the grids {prompt.grid.tolist()}")
-        if not given:
+            raise UserError(f"row {prompt.row.id}: {len(ids)} prompt tokens and {new_tokens} new ones exceed the "
+                            f"engine's {self.max_len}: raise rollout.max_model_len, or 0 to derive it from the phases")
+        images = images_of(prompt, self.merge)
+        if not images:
             return tokens_input(ids)
         items, hashes, places = [], [], []
-        images = zip(prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True)
-        for grid, pixels, slots in images:
-            first, last = int(slots[0]), int(slots[-1])
-            if last - first + 1 != len(slots):
-                raise UserError(f"{row}: the {len(slots)} tokens of the image at token {first} are not neighbours")
+        for grid, pixels, first, length in images:
             items.append(mm.MultiModalKwargsItem(
                 pixel_values=mm.MultiModalFieldElem(pixels, mm.MultiModalFlatField(slices=[slice(0, len(pixels))])),
                 image_grid_thw=mm.MultiModalFieldElem(grid, mm.MultiModalBatchedField(keep_on_cpu=True))))
             # Image features and cached prefixes go by this name: the same grid and pixels, the same features.
             digest = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16, salt=grid.numpy().tobytes()[:16])
             hashes.append(digest.hexdigest())
-            places.append(mm.PlaceholderRange(offset=first, length=len(slots)))
+            places.append(mm.PlaceholderRange(offset=first, length=length))
         return mm_input(ids, mm.MultiModalKwargsItems({"image": items}), {"image": hashes}, {"image": places})
 
     @torch.no_grad()
@@ -298,17 +291,10 @@ def _params(params, seed):
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_tokens=params.max_tokens,
-        stop_token_ids=list(params.stop_ids),
-        ignore_eos=True,  # stop_ids say it all
+        **sampling_fields(params),
         logit_bias={token: float("-inf") for token in params.banned_ids} or None,
         seed=int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)),
-        logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
-        detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

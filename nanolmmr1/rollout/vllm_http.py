@@ -18,6 +18,7 @@ import torch
 
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Response
+from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
 
 CONNECT_S = 10
 FORBIDDEN = -1e30  # a logit bias; JSON has no infinity, and exp of this is 0 all the same
@@ -142,16 +143,9 @@ def request(prompt, params, seed, merge, dtype, salt, **special):
     """
     sampling = dict(
         n=params.num_responses if params.temperature else 1,  # vLLM takes no greedy groups
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_tokens=params.max_tokens,
-        stop_token_ids=list(params.stop_ids),
-        ignore_eos=True,  # stop_ids say it all
+        **sampling_fields(params),
         logit_bias={str(token): FORBIDDEN for token in params.banned_ids} or None,
         seed=int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(2)),  # response i's: + i
-        logprobs=0,  # of the sampled token alone
-        detokenize=False,
     )
     return {
         "token_ids": prompt.ids.tolist(),
@@ -189,25 +183,17 @@ def responses(answer, prompt, params, server):
 
 def _features(prompt, merge, dtype, salt):
     """A prompt's pictures as vLLM's processor would hand them to its engine, None where there are none."""
-    if not len(prompt.grid):
+    images = images_of(prompt, merge)
+    if not images:
         return None
-    patches = prompt.grid.prod(1).tolist()
-    counts = [count // merge**2 for count in patches]
-    if sum(counts) != len(prompt.image_slots) or sum(patches) != len(prompt.patches):
-        raise UserError(f"row {prompt.row.id}: {len(prompt.image_slots)} image tokens and {len(prompt.patches)} "
-                        f"patches, but the grids {prompt.grid.tolist()} make {sum(counts)} and {sum(patches)}")
     hashes, places, data = [], [], []
-    images = zip(prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True)
-    for grid, pixels, slots in images:
-        if int(slots[-1] - slots[0]) + 1 != len(slots):
-            raise UserError(f"row {prompt.row.id}: the {len(slots)} tokens of the image at token {int(slots[0])} are "
-                            "not neighbours")
+    for grid, pixels, first, length in images:
         pixels = _tensor(pixels.to(dtype)), ["flat", {"slices": [[0, len(pixels), None]]}]
         shape = _tensor(grid), ["batched", {"keep_on_cpu": True}]
         item = {"pixel_values": pixels, "image_grid_thw": shape}
         packed = _msgpack({key: {"data": value, "field": field} for key, (value, field) in item.items()})
         hashes.append(f"{salt}-{hashlib.blake2b(packed, digest_size=16).hexdigest()}")
-        places.append({"offset": int(slots[0]), "length": len(slots)})
+        places.append({"offset": first, "length": length})
         data.append(base64.b64encode(packed).decode())
     return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
 

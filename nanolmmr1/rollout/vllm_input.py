@@ -1,0 +1,46 @@
+"""What a vLLM engine is told of a prompt and of how to sample, be it in this process or behind a server.
+
+Next: vllm.py, the engine in this process; vllm_http.py, one server.
+"""
+
+from nanolmmr1.config import UserError
+
+
+def images_of(prompt, merge):
+    """[(grid (3,), pixels (patches, patch_dim), first token, number of tokens)], one a picture of the prompt.
+
+    Args:
+        merge: patches along a side of an image token, as the engine counts them.
+
+    Raises:
+        UserError: the pictures do not fit the prompt's tokens.
+    """
+    row, given = f"row {prompt.row.id}", len(prompt.image_slots)
+    patches = prompt.grid.prod(1).tolist()
+    counts = [count // merge**2 for count in patches]
+    if sum(counts) != given or sum(patches) != len(prompt.patches):
+        raise UserError(f"{row}: {given} image tokens and {len(prompt.patches)} patches, but the engine makes "
+                        f"{sum(counts)} and {sum(patches)} of the grids {prompt.grid.tolist()}")
+    images = []
+    if given:
+        parts = zip(prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True)
+        for grid, pixels, slots in parts:
+            first, last = int(slots[0]), int(slots[-1])
+            if last - first + 1 != len(slots):
+                raise UserError(f"{row}: the {len(slots)} tokens of the image at token {first} are not neighbours")
+            images.append((grid, pixels, first, len(slots)))
+    return images
+
+
+def sampling_fields(params):
+    """The fields of vLLM's sampling parameters that every engine is given alike."""
+    return dict(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        max_tokens=params.max_tokens,
+        stop_token_ids=list(params.stop_ids),
+        ignore_eos=True,  # stop_ids say it all
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+    )
