@@ -38,6 +38,17 @@ class Prompts:
 
 
 @dataclass
+class Piece:
+    """A group, or those of its responses that one pack holds. What is known of it before its prompt is prepared."""
+
+    group: object  # rollout.Group
+    responses: list
+    starts: list  # of each response on the rollout's flat axis
+    size: int  # packed tokens
+    patches: int  # of the prompt's images
+
+
+@dataclass
 class Pack(Prompts):
     """What one forward pass reads, and which hidden states are scored against what."""
 
@@ -61,17 +72,25 @@ def concat_prompts(prompts):
     )
 
 
-def pack_groups(groups, tokens_per_micro_batch, first=0):
-    """Packs of at most `tokens_per_micro_batch` tokens, longest groups first.
+def deal(groups, tokens_per_micro_batch, ranks=1, first=0, patch_cost=0.0):
+    """Which groups meet in which pack, and on which rank: the layout, from sizes alone.
 
     Groups stay whole unless one alone exceeds the budget; then its responses are dealt over
     several packs and its prompt is computed in each, which costs time and changes nothing else.
 
+    FSDP keeps the ranks in step, so a micro-step takes as long as its slowest rank. First fit, longest
+    first, tells how few micro-steps will do; then the same pieces are spread over all their packs,
+    and packs of like cost meet. Any rank computes the same layout: nothing is drawn, nothing is asked.
+
     Args:
-        groups: [Group]; first: index on the rollout's flat axis of the first group's first token.
+        groups: [Group], of which only sizes are read; prompts need not be prepared.
+        tokens_per_micro_batch: the largest pack, in tokens; only a piece of one response may exceed it.
+        first: index on the rollout's flat axis of the first group's first token.
+        patch_cost: what an image patch costs, in tokens.
 
     Returns:
-        packs, number of groups that were split.
+        micro_steps: micro_steps[i][rank] is [Piece], what that rank builds its i-th pack of; empty: it has none.
+        split: number of groups that were split.
     """
     pieces, split = [], 0
     for group in groups:
@@ -79,35 +98,105 @@ def pack_groups(groups, tokens_per_micro_batch, first=0):
         split += len(cut) > 1
         pieces += cut
         first += sum(len(r.ids) for r in group.responses)
-    bins = []
-    for size, *piece in sorted(pieces, key=lambda p: -p[0]):
-        room = next((b for b in bins if b[0] + size <= tokens_per_micro_batch), None)
-        if room is None:
-            bins.append([size, [piece]])
-        else:
-            room[0] += size
-            room[1].append(piece)
+    bins = _first_fit(pieces, tokens_per_micro_batch)
+    if ranks > 1:
+        bins = _balanced(pieces, bins, tokens_per_micro_batch, ranks, patch_cost)
     # Within a pack the rollout's order is kept, so that a response's tokens are contiguous and in order.
-    return [build(sorted(b[1], key=lambda p: p[2][0] if p[2] else 0)) for b in bins], split
+    bins = [sorted(own, key=lambda piece: piece.starts[0]) for own in bins]
+    return [bins[i : i + ranks] for i in range(0, len(bins), ranks)], split
+
+
+def has_images(micro_step):
+    """Whether some rank's pack of this micro-step holds an image: then all ranks run the vision tower."""
+    return any(piece.patches for pieces in micro_step for piece in pieces)
+
+
+def pack_groups(groups, tokens_per_micro_batch, first=0):
+    """The packs of one process, and the number of groups that were split: `deal`, then `build`."""
+    micro_steps, split = deal(groups, tokens_per_micro_batch, 1, first)
+    return [build(pieces) for (pieces,) in micro_steps], split
 
 
 def _cut(group, first, budget):
-    """[(tokens, prompt, responses, their starts on the flat axis)], each within the budget where possible."""
-    pieces, prompt = [], group.prompt
+    """The group as pieces, each within the budget where possible."""
+    pieces = []
     for response, start in zip(group.responses, _starts([len(r.ids) for r in group.responses], first), strict=True):
         size = max(0, len(response.ids) - 1)
-        if not pieces or pieces[-1][0] + size > budget:
-            pieces.append([len(prompt.ids), prompt, [], []])
-        pieces[-1][0] += size
-        pieces[-1][2].append(response)
-        pieces[-1][3].append(start)
-    return [(size, prompt, responses, starts) for size, prompt, responses, starts in pieces]
+        if not pieces or pieces[-1].size + size > budget:
+            pieces.append(Piece(group, [], [], group.prompt_tokens, group.num_patches))
+        pieces[-1].size += size
+        pieces[-1].responses.append(response)
+        pieces[-1].starts.append(start)
+    return pieces
 
 
-def build(pieces):
-    """One pack of [(prompt, responses, flat starts)]."""
+def _first_fit(pieces, budget):
+    """Bins of at most `budget` tokens: each piece, longest first, into the first that has room."""
+    bins, sizes = [], []
+    for piece in sorted(pieces, key=lambda piece: -piece.size):
+        at = next((i for i, size in enumerate(sizes) if size + piece.size <= budget), len(bins))
+        if at == len(bins):
+            bins.append([])
+            sizes.append(0)
+        bins[at].append(piece)
+        sizes[at] += piece.size
+    return bins
+
+
+def _balanced(pieces, bins, budget, ranks, patch_cost):
+    """As many bins as fill whole micro-steps, ordered so that bins of like cost meet, dearest first.
+
+    Pictures go into as few micro-steps as can hold them where all pieces then find room: the tower's weights
+    travel whenever one rank needs them, and pictures are dealt evenly even where `patch_cost` misjudges them.
+    """
+
+    def cost(own):
+        return sum(piece.size + patch_cost * piece.patches for piece in own)
+
+    def dearest_first(bins):
+        return sorted(bins, key=lambda own: -cost(own))
+
+    def whole_steps(count):
+        return -(-count // ranks) * ranks
+
+    count = whole_steps(len(bins))
+    for front in (whole_steps(len(_first_fit([piece for piece in pieces if piece.patches], budget))), count):
+        if spread := _spread(pieces, count, front, budget, cost):
+            return dearest_first(spread[:front]) + dearest_first(spread[front:])
+    return dearest_first(bins + [[] for _ in range(count - len(bins))])
+
+
+def _spread(pieces, count, front, budget, cost):
+    """`count` bins: each piece, dearest first, into the cheapest that has room; None where one finds no room.
+
+    Pictures come before text, and into the first `front` bins.
+    """
+    bins, sizes, costs = [[] for _ in range(count)], [0] * count, [0] * count
+    for piece in sorted(pieces, key=lambda piece: (front < count and not piece.patches, -cost([piece]))):
+        places = range(front if piece.patches else count)
+        room = [i for i in places if not bins[i] or sizes[i] + piece.size <= budget]
+        if not room:
+            return None
+        at = min(room, key=costs.__getitem__)
+        bins[at].append(piece)
+        sizes[at] += piece.size
+        costs[at] += cost([piece])
+    return bins
+
+
+def build(pieces, patch_dim=0):
+    """One pack of [Piece] whose prompts are prepared.
+
+    A rank without pieces runs a pack of one token, of which nothing is scored, since FSDP's collectives need
+    all ranks. For the same reason a pack without an image carries an idle one where other ranks have any: four
+    blank patches that make one embedding, which no slot takes.
+
+    Args:
+        patch_dim: width of a patch, where the micro-step `has_images`; 0: it has none.
+    """
     table, ids, positions, slots, rows, target, where, end = [], [], [], [], [], [], [], 0
-    for prompt, responses, starts in pieces:
+    parts = [(piece.group.prompt, piece.responses, piece.starts) for piece in pieces] or [(_idle_prompt(), [], [])]
+    for prompt, responses, starts in parts:
         p0, end = end, end + len(prompt.ids)
         table.append([p0, end, p0, end, 0, 0, 1])
         ids.append(prompt.ids)
@@ -125,12 +214,15 @@ def build(pieces):
             rows.append(torch.cat([torch.tensor([last]), torch.arange(r0, end)]))
             target.append(response.ids)
             where.append(torch.arange(start, start + length))
+    patches, grid = torch.cat([p.patches for p, _, _ in parts]), torch.cat([p.grid for p, _, _ in parts])
+    if patch_dim and not len(grid):
+        patches, grid = torch.zeros(4, patch_dim), torch.tensor([[1, 2, 2]])
     empty = [torch.zeros(0, dtype=torch.int64)]
     return Pack(
         ids=torch.cat(ids),
         positions=torch.cat(positions, 1),
-        patches=torch.cat([p.patches for p, _, _ in pieces]),
-        grid=torch.cat([p.grid for p, _, _ in pieces]),
+        patches=patches,
+        grid=grid,
         image_slots=torch.cat(slots),
         spans=Spans(torch.tensor(table), end),
         rows=torch.cat(rows or empty),
@@ -139,6 +231,11 @@ def build(pieces):
         num_scored=sum(len(t) for t in target),
         num_tokens=end,
     )
+
+
+def _idle_prompt():
+    none = torch.zeros(0, dtype=torch.int64)
+    return Prompts(none.new_zeros(1), none.new_zeros(3, 1), torch.zeros(0, 0), none.view(0, 3), none)
 
 
 def _starts(lengths, first=0):
