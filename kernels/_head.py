@@ -36,7 +36,7 @@ def choose_impl(impl, hidden, weight, target):
 
 
 def check_head(hidden, weight, target, temperature, banned):
-    """Refuse what would compute garbage.
+    """Refuse what would compute garbage. The weight has hidden's dtype, or is the fp32 master of a 16-bit one.
 
     Raises:
         ValueError: wrong shapes or dtypes, a sharded weight, a target or banned id out of range, a banned target,
@@ -46,8 +46,12 @@ def check_head(hidden, weight, target, temperature, banned):
         raise ValueError("the head's weight is sharded (DTensor): gather it first, as in weight.full_tensor()")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: want (N, H) and (V, H)")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one of them")
+    master = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not master:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one of them; only 16-bit hidden states go with a "
+            "float32 weight"
+        )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target {tuple(target.shape)} {target.dtype}: want ({len(hidden)},) int64")
     if any(not 0 <= token < len(weight) for token in banned):

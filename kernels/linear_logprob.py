@@ -37,6 +37,8 @@ GROUP = 32  # token tiles that share slabs of the weight: at H = 2048 their bf16
 
 def linear_logprob_ref(hidden, weight, target, temperature=1.0, banned=()):
     """The definition, with whole logits; differentiable."""
+    if hidden.dtype != weight.dtype:  # the values of the rounded weight, and a gradient that nothing rounds
+        hidden, weight = hidden.to(weight.dtype), weight + (weight.to(hidden.dtype) - weight).detach()
     logits = (hidden @ weight.T).to(stats_dtype(hidden)) / temperature  # (N, V)
     if banned:
         logits = logits.index_fill(1, torch.tensor(banned, device=logits.device), float("-inf"))
@@ -165,7 +167,7 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
 
     Args:
         hidden: (N, H) last hidden states; for "triton" fp32, bf16 or fp16, contiguous.
-        weight: (V, H) head, same dtype; not a DTensor.
+        weight: (V, H) head, same dtype, or fp32 beside 16-bit hidden, whose dtype it is rounded to; not a DTensor.
         target: (N,) int64 in [0, V), none of them banned.
         temperature: the sampler's, > 0.
         banned: token ids that the sampler may not draw; they leave the distribution.
@@ -184,6 +186,7 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
             return linear_logprob_ref(hidden, weight, target, temperature, banned)
+        weight = weight.to(hidden.dtype)
         if impl == "triton":
             return _logprob_triton(hidden, weight, target, temperature, banned)
         dtype, ids = stats_dtype(hidden), banned_ids(banned, hidden.device)

@@ -21,6 +21,9 @@ An objective that couples tokens (GSPO's sequence ratio) needs every log-prob fi
 Saved for backward: dhidden and dweight, which backward scales by the upstream gradient. dweight is
 accumulated in fp32; a bf16 running sum would lose two digits over 64 chunks. The target column
 takes 1 - p from -expm1(logp) or from sums without the target, since p - 1 cancels when p is near 1.
+
+An fp32 weight beside 16-bit hidden states is rounded here, once a call, and its dweight stays fp32;
+a cast outside would round that as well, on its way back.
 """
 
 from collections.abc import Callable
@@ -112,12 +115,12 @@ def linear_loss(
 ):  # fmt: skip
     """Sum of per-token losses of sampled tokens, differentiable in `hidden` and `weight`.
 
-    Gradients are rounded to hidden's dtype before backward scales them, so a loss scale against fp16's underflow
-    belongs into the objective. Checking targets waits for the device once a call; nothing in a chunk does.
+    dlogits and dhidden are rounded to hidden's dtype before backward scales them, so a loss scale against fp16's
+    underflow belongs into the objective. Checking targets waits for the device once a call; nothing in a chunk does.
 
     Args:
         hidden: (N, H) last hidden states of the positions that predict `target`; for "triton" contiguous.
-        weight: (V, H) head, same dtype; not a DTensor.
+        weight: (V, H) head, same dtype, or the fp32 master of a head in hidden's 16 bits; not a DTensor.
         target: (N,) int64 in [0, V), none of them banned.
         objective: (logp (C,), entropy (C,), slice of the N tokens) -> (C,) losses; differentiable.
         fused: FusedObjective that says the same as `objective`; "triton" evaluates it instead, the others ignore it.
@@ -182,6 +185,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, job):
         kind, device = stats_dtype(hidden), hidden.device
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         need_hidden, need_weight = (need and job.grad for need in ctx.needs_input_grad[:2])
         out = torch.empty(3, len(hidden), dtype=kind, device=device)
         losses, logp, entropy = out  # (N,) each
@@ -214,7 +218,6 @@ class _LinearLoss(torch.autograd.Function):
         if need_weight and not len(hidden):
             grad_weight.zero_()
         ctx.grads = (grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(logp, entropy)
         return losses.sum(), logp, entropy
 

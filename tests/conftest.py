@@ -111,7 +111,7 @@ def sharded_weight():
 
 
 HEAD_FAULTS = [  # what to change in a correct call of sizes N = 5, H = 4, V = 7, and words of the complaint
-    (dict(hidden=torch.zeros(5, 4, dtype=torch.bfloat16)), "bfloat16.*float32"),
+    (dict(weight=torch.zeros(7, 4, dtype=torch.bfloat16)), "float32.*bfloat16"),
     (dict(hidden=torch.zeros(5, 3)), r"\(5, 3\)"),
     (dict(hidden=torch.zeros(1, 5, 4)), r"\(1, 5, 4\)"),
     (dict(target=torch.tensor([0, 1, 2, 3])), r"\(4,\)"),

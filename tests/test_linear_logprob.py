@@ -82,6 +82,20 @@ def test_16_bit_logits_are_never_rounded(linear_logprob, head_inputs, plain_head
         assert error(linear_logprob(x, w, y, impl), gold) <= 1e-5 < 1e-3 < error(rounded, gold)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton", "reference"])
+def test_a_master_weight_counts_as_rounded(linear_logprob, head_inputs, plain_head, impl):
+    dtype = torch.float16 if impl == "triton" else torch.bfloat16  # the interpreter has no bf16
+    x, _, y = head_inputs(20, 64, 203, dtype)
+    w = head_inputs(20, 64, 203, torch.float32)[1]
+    gold, unrounded = (plain_head(x.double(), head.double(), y) for head in (w.to(dtype), w))
+    assert error(linear_logprob(x, w, y, impl), gold) <= 1e-5 < error(unrounded, gold)
+    if impl != "reference":
+        same = linear_logprob(x, w.to(dtype), y, impl)
+        assert all(torch.equal(a, b) for a, b in zip(linear_logprob(x, w, y, impl), same, strict=True))
+    with pytest.raises(ValueError, match=f"float32.*{dtype}"):
+        linear_logprob(x.float(), w.to(dtype), y, impl)
+
+
 @both
 @pytest.mark.parametrize("level", [-3e4, 3e4])
 def test_logits_far_from_zero_lose_nothing(linear_logprob, impl, level):
@@ -145,12 +159,14 @@ def test_a_nan_is_not_hidden(linear_logprob, head_inputs, impl, where):
         assert torch.equal(values.isnan(), wrong)
 
 
-@both
+@pytest.mark.parametrize("impl", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_token_and_one_token(linear_logprob, head_inputs, plain_head, impl, tokens):
+def test_no_token_and_one_token(linear_logprob, head_inputs, plain_head, impl, tokens, dtype):
     x, w, y = head_inputs(tokens, dtype=torch.float32)
-    ours = linear_logprob(x, w, y, impl)
-    assert [t.shape for t in ours] == [(tokens,)] * 2
+    x, w = x.to(dtype).float(), w.to(dtype).float()
+    ours = linear_logprob(x.to(dtype), w, y, impl)
+    assert [(t.shape, t.dtype) for t in ours] == [((tokens,), torch.float32)] * 2
     gold = plain_head(x.double(), w.double(), y)
     assert all(torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(ours, gold, strict=True))
 

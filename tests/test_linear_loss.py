@@ -97,6 +97,59 @@ def test_the_weight_gradient_does_not_lose_digits_over_many_bf16_chunks(head_inp
     assert errors(run(inputs, objective, chunk_tokens=1), gold)[2] <= 1e-2  # a bf16 number is good to 4e-3
 
 
+IMPLS = ["chunked", "reference", "triton"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_a_master_weight_counts_as_rounded_and_its_gradient_is_not(head_inputs, plain_head, objective, impl, two_pass):
+    # The interpreter has no bf16 product; fp16's rounding is eight times finer.
+    dtype = torch.float16 if impl == "triton" and DEVICE.type == "cpu" else torch.bfloat16
+    x, _, y = head_inputs(20, 16, 103, dtype)
+    w = head_inputs(20, 16, 103, torch.float32)[1]
+    assert not torch.equal(w, w.to(dtype).float())
+    gold = run(double((x, w.to(dtype), y)), objective, -2.5, plain_head, temperature=0.7)
+    options = dict(temperature=0.7, chunk_tokens=7, impl=impl, two_pass=two_pass)
+    ours = run((x, w, y), objective, -2.5, **options)
+    assert [t.dtype for t in ours] == [torch.float32, dtype, torch.float32]
+    rounded = run((x, w.to(dtype), y), objective, -2.5, **options)  # as through a cast outside
+    assert abs(ours[0] - gold[0]) <= 1e-5 * abs(gold[0])
+    if impl == "reference":
+        assert errors(ours, gold)[2] <= 1e-5
+    else:  # the same numbers, of which only the last rounding is left out
+        assert torch.equal(ours[1], rounded[1]) and torch.equal(ours[2].to(dtype), rounded[2])
+        assert not torch.equal(ours[2], rounded[2].float())
+    largest = gold[2].abs().amax()
+    mean = [float((dw.double() - gold[2]).abs().mean() / largest) for dw in (ours[2], rounded[2])]
+    assert mean[0] < mean[1]
+
+
+def test_a_master_weights_gradient_is_the_fp32_sum_of_16_bit_products(head_inputs):
+    """dlogits of one token are exact in bf16 here, so that nothing but the last rounding could lose a digit."""
+    x = torch.tensor([[1.0, 2**-7], [1.0, 0.0]], dtype=torch.bfloat16)
+    w, y = torch.zeros(2, 2), torch.tensor([0, 0])  # p = 1/2
+    weights = torch.tensor([1.0, 2**-9])
+    _, _, dw = run((x, w, y), lambda logp, entropy, rows: -weights[rows] * logp, chunk_tokens=1)
+    assert dw.dtype == torch.float32
+    assert dw.tolist() == [[-0.5 - 2**-10, -(2**-8)], [0.5 + 2**-10, 2**-8]]  # in bf16 the first column would be 0.5
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float64),
+    ],
+)
+def test_other_mixes_of_dtypes_are_refused(head_inputs, objective, hidden, weight):
+    x, w, y = head_inputs()
+    with pytest.raises(ValueError, match=f"{hidden}.*{weight}"):
+        linear_loss(x.to(hidden), w.to(weight), y, objective)
+
+
 def test_log_prob_and_entropy_come_out_without_gradient(head_inputs, plain_head, objective):
     x, w, y = head_inputs()
     for impl in ("chunked", "reference"):
@@ -193,12 +246,31 @@ def test_without_grad_there_is_the_loss_and_no_gradient_is_made(head_inputs, obj
     assert all(torch.equal(a, b) for a, b in zip((loss, logp, entropy), again, strict=True))
 
 
-@both
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_token_and_one_token(head_inputs, plain_head, objective, tokens, impl):
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_no_token_and_one_token(head_inputs, plain_head, objective, tokens, impl, two_pass):
     inputs = head_inputs(tokens, dtype=torch.float32)
-    gold, ours = run(double(inputs), objective, head=plain_head), run(inputs, objective, impl=impl)
+    gold = run(double(inputs), objective, head=plain_head)
+    ours = run(inputs, objective, impl=impl, two_pass=two_pass, banned=(99,) if tokens == 0 else ())
+    assert [t.shape for t in ours] == [(), (tokens, 24), (101, 24)]
     assert all(torch.allclose(a.double(), b, rtol=0, atol=1e-5) for a, b in zip(ours, gold, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_a_token_the_loss_still_has_a_graph(head_inputs, impl, fused):
+    """A rank whose micro-batch scores nothing takes part in the gradient's sum, by zeros."""
+    x, _, y = head_inputs(0, dtype=torch.float16)
+    w = head_inputs(0, dtype=torch.float32)[1].to(DEVICE).requires_grad_()
+    x, y = x.to(DEVICE).requires_grad_(), y.to(DEVICE)
+    none = torch.zeros(0, device=DEVICE)
+    form = kernel.FusedObjective(none, none) if fused else None
+    loss, logp, entropy = linear_loss(x, w, y, lambda logp, entropy, rows: -logp, fused=form, impl=impl)
+    loss.backward()
+    assert loss == 0 and logp.shape == entropy.shape == (0,)
+    assert x.grad.shape == (0, 24) and x.grad.dtype == torch.float16
+    assert w.grad.shape == (101, 24) and w.grad.dtype == torch.float32 and not w.grad.any()
 
 
 @both
@@ -216,7 +288,7 @@ def test_an_objective_may_be_the_log_prob_itself(head_inputs, plain_head, impl):
     assert max(errors(run(inputs, objective, chunk_tokens=4, impl=impl), gold)) <= 1e-5
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_what_is_frozen_gets_no_gradient_and_the_rest_gets_the_same(head_inputs, objective, impl):
     x, w, y = (t.to(DEVICE) for t in head_inputs(dtype=torch.float32))
     _, dx, dw = run((x, w, y), objective)
