@@ -1,4 +1,4 @@
-"""Hugging Face folder <-> our model, tensor by tensor, by safetensors alone.
+"""Hugging Face folder <-> our model, whole or sharded, tensor by tensor, by safetensors alone.
 
 Two layouts are read: the one published in 2025 (flat config.json; tensors `model.layers.*`,
 `visual.*`, which are our module names) and the one that newer transformers writes (`text_config`;
@@ -8,19 +8,24 @@ vLLM both read them. Everything in the folder but weights (config, tokenizer, pr
 
 import json
 import shutil
-from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as td
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanolmmr1.config import UserError
 from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30  # of a file
+BUCKET_BYTES = 256 << 20  # gathered at once
+INDEX = "model.safetensors.index.json"
+all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # the name that torch 2.11 knows
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
@@ -128,46 +133,61 @@ def published_name(name):
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """The model of a folder. Tensors are read one at a time: the peak is the model and one tensor.
+    """The whole model of a folder; the peak is the model and one tensor.
+
+    Raises:
+        UserError: see `fill`.
+    """
+    with torch.device("meta"):
+        model = Qwen25VL(read_config(folder)).to(dtype)
+    model.to_empty(device=device)
+    fill(model, folder)
+    return model
+
+
+def fill(model, folder):
+    """Read a folder's weights into a Qwen25VL that has its memory: whole, or of FSDP's, then each rank its own shards.
+
+    Tensors are read one at a time, and the ranks say nothing to each other: an error of one is its own.
 
     Raises:
         UserError: missing shard, missing, unexpected or misshapen tensor, or a damaged file.
     """
     folder = Path(folder)
-    cfg = read_config(folder)
-    with torch.device("meta"):
-        model = Qwen25VL(cfg)
     wanted = dict(model.named_parameters())
-    state = {}
-    with ExitStack() as stack:
-        for path in _shards(folder):
-            try:
-                shard = stack.enter_context(safe_open(path, framework="pt"))
+    missing = dict.fromkeys(wanted)
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118, safe_open is no mapping
                     ours = published_name(name)
-                    if ours == "lm_head.weight" and cfg.tie_word_embeddings:
+                    if ours == "lm_head.weight" and model.cfg.tie_word_embeddings:
                         continue  # some folders write the tied head once more
                     if ours not in wanted:
                         raise UserError(f"{path}: unexpected tensor {name}; the config describes another model")
-                    tensor = shard.get_tensor(name)
-                    if tensor.shape != wanted[ours].shape:
-                        raise UserError(
-                            f"{path}: {name} is {tuple(tensor.shape)}, the config wants {tuple(wanted[ours].shape)}"
-                        )
-                    state[ours] = tensor.to(device, dtype)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read ({error}): fetch the file again") from error
-    missing = [name for name in wanted if name not in state]
+                    tensor, shape = shard.get_tensor(name), wanted[ours].shape
+                    if tensor.shape != shape:
+                        raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, the config wants {tuple(shape)}")
+                    _copy(tensor, wanted[ours].detach())
+                    missing.pop(ours, None)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): fetch the file again") from error
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} first: a shard is missing"
+            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, {next(iter(missing))} first: a shard is missing"
         )
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_()
+
+
+def _copy(tensor, out):
+    """A whole tensor into one that may hold a shard of it: without communication, and also where that is offloaded."""
+    if isinstance(out, DTensor):
+        tensor = distribute_tensor(tensor, out.device_mesh, out.placements, src_data_rank=None).to_local()
+        out = out.to_local()
+    out.copy_(tensor)
 
 
 def _shards(folder):
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -186,48 +206,115 @@ def _shards(folder):
     return paths
 
 
-def published(model):
-    """(published name, whole tensor) of all weights, one at a time: a sharded one is gathered when its turn comes.
+def published(model, dtype=None):
+    """(published name, whole tensor) of all weights, one after another, for whoever takes the model over.
 
+    Sharded weights are gathered when their turn comes, consecutive ones by one collective of at most BUCKET_BYTES, so
+    all ranks have to walk through all of it. What is given may be the model's own memory.
     A head tied to the embedding is the embedding, and comes once, under that name.
+
+    Args:
+        dtype: cast to, before gathering; None: as stored.
     """
+    bucket, held, size = [], None, 0  # what waits to be gathered, of which kind, bytes
     for name, p in model.named_parameters():
-        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        p, kind = p.detach(), _kind(p)
+        nbytes = p.numel() * (dtype or p.dtype).itemsize
+        if bucket and (kind != held or size + nbytes > BUCKET_BYTES):
+            yield from _gather(bucket, *held, dtype)
+            bucket, size = [], 0
+        if kind is None:
+            yield name, (p.full_tensor() if isinstance(p, DTensor) else p).to(dtype or p.dtype)
+        else:
+            bucket.append((name, p))
+            held, size = kind, size + nbytes
+    if bucket:
+        yield from _gather(bucket, *held, dtype)
+
+
+def _kind(p):
+    """Mesh, its axis and dtype of a tensor whose rows are spread over that axis; None of any other."""
+    spread = [i for i, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
+    if len(spread) != 1 or p.placements[spread[0]] != Shard(0) or p.device_mesh.size(spread[0]) == 1:
+        return None
+    return p.device_mesh, spread[0], p.dtype
+
+
+def _gather(bucket, mesh, axis, stored, dtype):
+    """(name, whole tensor) of [(name, DTensor)] of one kind, by one collective."""
+    ranks, shapes = mesh.size(axis), [p.shape for _, p in bucket]
+    rows = [-(-shape[0] // ranks) for shape in shapes]  # of a rank; the last ranks may have fewer, or none
+    sizes = [n * shape[1:].numel() for n, shape in zip(rows, shapes, strict=True)]
+    # On the mesh's device even where the shards are offloaded: that is where the fast network is.
+    own = torch.zeros(sum(sizes), dtype=dtype or stored, device=mesh.device_type)
+    for (_, p), part in zip(bucket, own.split(sizes), strict=True):
+        local = p.to_local().flatten()
+        part[: len(local)].copy_(local)
+    every = own.new_empty(ranks * len(own))
+    all_gather(every, own, group=mesh.get_group(axis))
+    for (name, _), part, shape in zip(bucket, every.view(ranks, -1).split(sizes, 1), shapes, strict=True):
+        yield name, part.reshape(-1, *shape[1:])[: shape[0]].contiguous()
 
 
 def save(model, folder, source, dtype=torch.float32):
     """Write a Hugging Face folder: weights in published names, everything else copied from `source`.
 
+    A sharded model is saved by all ranks together, each calling this with the same folder: a rank writes every so many
+    files, and holds no more than one at a time beside its shards. A plain model is saved by whoever calls.
+
     Args:
         model: Qwen25VL; folder: to create; source: the folder that the model was loaded from.
         dtype: of the weights written.
+
+    Raises:
+        OSError, SafetensorError: the disk's. All gathering has been done by then, so no rank waits for this one.
     """
     folder, source = Path(folder), Path(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
+    files, size = [[]], 0
+    for name, p in model.named_parameters():
+        nbytes = p.numel() * dtype.itemsize
+        if files[-1] and size + nbytes > SHARD_BYTES:
+            files.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-        if path.name not in ("config.json", "model.safetensors.index.json") and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+        files[-1].append(name)
+        size += nbytes
     names = (
         ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(files) == 1
+        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     )
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": {t: name for name, shard in zip(names, shards, strict=True) for t in shard},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    rank, ranks = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
+    wrong = None
+    stream = published(model, dtype)
+    for i, (file, wanted) in enumerate(zip(names, files, strict=True)):
+        mine = i % ranks == rank and not wrong
+        tensors = {}
+        for name, tensor in islice(stream, len(wanted)):
+            if mine:
+                tensors[name] = tensor.cpu().contiguous()
+        if mine:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                wrong = error
+    if wrong:
+        raise wrong
+    if rank == 0:
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        _save_companions(folder, source, dtype, dict(zip(names, files, strict=True)), total)
+
+
+def _save_companions(folder, source, dtype, files, total_size):
+    """All that a folder holds beside its weights: index, configuration, tokenizer, processor."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        if path.name not in ("config.json", INDEX) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -5,7 +5,9 @@ import shutil
 from itertools import pairwise
 
 import pytest
+import ranks_weights
 import torch
+from ranks import results
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -215,3 +217,26 @@ def test_a_folder_is_found_and_what_is_neither_folder_nor_hub_id_is_refused(tmp_
     assert weights.find(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="no/such/folder"):
         weights.find("no/such/folder")
+
+
+def test_ranks_read_hand_over_and_write_what_one_process_does(tied, tmp_path):
+    """4 ranks, over all of them and as 2 hosts of 2: with more ranks than rows, and rows that they cannot share."""
+    folder, _ = tied
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    lose_tensor(broken)
+    ranks = results(4, ranks_weights.__file__, folder, broken, tmp_path / "out", hosts=2)
+    block = [f"block.{name}" for name in ranks_weights.AWKWARD]
+    whole = [block[:4], block[4:5], block[5:], ["last.end"]]  # one dtype a bucket, and what is not sharded ends one
+    few = [block[:3], *([name] for name in block[3:]), ["last.end"]]
+    single = [[name] for name in [*block, "last.end"]]
+    for rank in ranks:
+        assert rank["hand_over"] == [[buckets, True, True, True] for buckets in (whole, few, single)] * 2
+        assert [done[:2] for done in rank["folders"]] == [[True, True]] * 2
+        assert "full cannot be written" in rank["full_disk"][0] and "No space left" in rank["full_disk"][0]
+        assert rank["full_disk"][1] == ["all", "host"]
+        assert "broken lacks 1 of" in rank["damaged"] and "model.norm.weight" in rank["damaged"]
+    files = sorted(path.name for path in (tmp_path / "out" / "all").glob("*.safetensors"))
+    assert len(files) > 4
+    for turn in (0, 1):
+        assert [rank["folders"][turn][2] for rank in ranks] == [files[rank::4] for rank in range(4)]

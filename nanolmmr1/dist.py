@@ -1,0 +1,186 @@
+"""Ranks: who is one, and the little that they tell each other outside of FSDP.
+
+A run is one process, or what torchrun started: then every rank walks through the same program, and what decides its
+way (rows, rewards, checkpoints, errors) is known to all of them in the same words. Messages are bytes or numbers on the
+CPU, by gloo; nothing is pickled.
+
+Next: shard.py, how a model lies on the ranks.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from torch.distributed.device_mesh import init_device_mesh
+
+from nanolmmr1.config import UserError
+
+
+class SharedError(UserError):
+    """What is wrong with one rank, raised on all of them at the same place: they may still do things together."""
+
+
+def start(device, timeout_s):
+    """Join the other ranks. Without torchrun a CPU needs no group, and a GPU gets one of its own, for FSDP.
+
+    Args:
+        device: "cpu" or "cuda". timeout_s: a collective that takes longer ends the process.
+    """
+    if td.is_initialized() or not (launched() or device == "cuda"):
+        return
+    # gloo beside NCCL: for messages, and for what is offloaded to the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    alone = {} if launched() else dict(store=td.HashStore(), rank=0, world_size=1)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+
+
+def stop():
+    """Leave the others."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def leave(status=0):
+    """End this process, and leave the others if it has met any.
+
+    Without the interpreter's own way out: gloo's threads may still hold the last message, free it while Python is being
+    taken down, and abort a process that has done all its work (pytorch/pytorch#179291).
+    """
+    if not launched():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def launched():
+    """Whether torchrun, or something like it, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def sharded():
+    """Whether models are FSDP's."""
+    return td.is_initialized()
+
+
+def rank():
+    """Also before the others are met, and after they are left."""
+    return td.get_rank() if td.is_initialized() else int(os.environ["RANK"]) if launched() else 0
+
+
+def size():
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def is_main():
+    """Whether this rank writes what is written once."""
+    return rank() == 0
+
+
+def restarts():
+    """How often torchrun has started these ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def mesh(device, over):
+    """The DeviceMesh of FSDP: one axis, or for over="host" two: replicated over hosts, sharded inside each.
+
+    Raises:
+        UserError: the hosts run different numbers of ranks.
+    """
+    if over == "all":
+        return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if len(set(gather(str(local).encode()))) > 1:
+        raise UserError(f"dist.shard=host: not all hosts run {local} ranks, as this one does; use dist.shard=all")
+    return init_device_mesh(device, (size() // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def share(count, parts=None, part=None):
+    """The slice of `count` things that falls to this rank, or to one of `parts`: contiguous, and as even as can be."""
+    parts, part = size() if parts is None else parts, rank() if part is None else part
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
+def gather(data):
+    """Every rank's bytes, in order of rank."""
+    if size() == 1:
+        return [data]
+    own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+    sizes = torch.zeros(size(), dtype=torch.int64)
+    sizes[rank()] = len(data)
+    td.all_reduce(sizes)
+    padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+    padded[: len(data)] = own[: len(data)]
+    blobs = [torch.empty_like(padded) for _ in range(size())]
+    td.all_gather(blobs, padded)
+    return [blob[:n].numpy().tobytes() for blob, n in zip(blobs, sizes.tolist(), strict=True)]
+
+
+def total(tensor):
+    """The sum over ranks of a CPU tensor, in place."""
+    if size() > 1:
+        td.all_reduce(tensor)
+    return tensor
+
+
+def any_of(flag):
+    """Whether the flag is set on some rank."""
+    return bool(total(torch.tensor(int(flag))))
+
+
+def barrier():
+    if size() > 1:
+        td.all_reduce(torch.zeros(1))  # td.barrier would pick a GPU, perhaps before there is one
+
+
+def on_main(work):
+    """What `work()` gives on the main rank, JSON-able, on all; what is wrong there is wrong everywhere.
+
+    Raises:
+        SharedError: the main rank had a UserError. Of a single process it is that error itself.
+    """
+    done, error = None, ""
+    if is_main():
+        try:
+            done = work()
+        except UserError as caught:
+            if size() == 1:
+                raise
+            error = str(caught)
+    if size() == 1:
+        return done
+    done, error = json.loads(gather(json.dumps([done, error]).encode() if is_main() else b"")[0])
+    if error:
+        raise SharedError(error)
+    return done
+
+
+def together(work):
+    """Every rank's own `work()`; where one has a UserError, all of them raise the first, and none waits for another.
+
+    Raises:
+        SharedError: of a single process it is the UserError itself.
+    """
+    done, error = None, ""
+    try:
+        done = work()
+    except UserError as caught:
+        if size() == 1:
+            raise
+        error = str(caught)
+    share_errors([text.decode() for text in gather(error.encode())])
+    return done
+
+
+def share_errors(texts):
+    """Raises SharedError with the first text that is not empty; texts: one a rank."""
+    wrong = [(r, text) for r, text in enumerate(texts) if text]
+    if wrong:
+        first, text = wrong[0]
+        raise SharedError(text if len(wrong) == len(texts) else f"rank {first}: {text}")

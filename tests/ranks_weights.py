@@ -1,0 +1,99 @@
+"""What test_weights.py does on several ranks."""
+
+import json
+from pathlib import Path
+
+import torch
+from ranks_checkpoint import Awkward, names
+from torch.distributed.fsdp import fully_shard
+
+from nanolmmr1 import checkpoint, dist, shard, weights
+from nanolmmr1.config import UserError
+from nanolmmr1.schema import Dist
+
+AWKWARD = {"one": (1,), "three": (3, 5), "seven": (7,), "deep": (2, 3, 4), "rounded": (10, 3), "again": (6, 2),
+           "long": (1001, 4)}
+
+
+def bits_equal(ours, theirs):
+    return [name for name in ours | theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def hand_over(over, bucket_bytes):
+    """An awkward sharded model, gathered in buckets: [[names of each bucket], equal, equal in bf16, contiguous]."""
+    plain, model = (torch.nn.ModuleDict({"block": Awkward(AWKWARD)}) for _ in range(2))
+    model["free"] = plain["free"] = torch.nn.Linear(2, 2)  # not FSDP's, amid those that are
+    model["last"], plain["last"] = Awkward({"end": (5, 2)}), Awkward({"end": (5, 2)})
+    for part in ("block", "last"):
+        fully_shard(model[part], mesh=dist.mesh("cpu", over))
+    buckets, gather = [], weights._gather
+
+    def recording(bucket, *args):
+        buckets.append([name for name, _ in bucket])
+        return gather(bucket, *args)
+
+    weights._gather, weights.BUCKET_BYTES = recording, bucket_bytes
+    stored = {name: p.detach() for name, p in plain.named_parameters()}
+    given = dict(weights.published(model))
+    calls = buckets.copy()
+    half = dict(weights.published(model, torch.bfloat16))
+    weights._gather = gather
+    return [calls, list(given) == list(stored) and bits_equal(given, stored),
+            bits_equal(half, {name: p.bfloat16() for name, p in stored.items()}),
+            all(p.is_contiguous() for p in given.values())]
+
+
+def folders(folder, out, over):
+    """Load a folder sharded, write it from the shards: [equal, equal again, files that this rank wrote]."""
+    whole = dict(weights.load(folder).named_parameters())
+    model = shard.load_sharded(folder, Dist(shard=over), "cpu", torch.float32)
+    first = all(torch.equal(p.full_tensor(), whole[name]) for name, p in model.named_parameters())
+    wrote, save_file = [], weights.save_file
+
+    def recording(tensors, path, metadata):
+        wrote.append(path.name)
+        save_file(tensors, path, metadata)
+
+    weights.save_file, weights.SHARD_BYTES = recording, 200_000
+    checkpoint.write_folder(out / over, lambda path: weights.save(model, path, folder, torch.bfloat16))
+    weights.save_file = save_file
+    again = dict(weights.load(out / over).named_parameters())
+    return [first, bits_equal(again, {name: p.detach().bfloat16().float() for name, p in whole.items()}), wrote]
+
+
+def full_disk(folder, out):
+    """The disk of one rank is full: what each rank says, and what is left."""
+    model = shard.load_sharded(folder, Dist(), "cpu", torch.float32)
+    save_file = weights.save_file
+
+    def failing(tensors, path, metadata):
+        if dist.rank() == 1:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    weights.save_file = failing
+    try:
+        checkpoint.write_folder(out / "full", lambda path: weights.save(model, path, folder))
+    except checkpoint.DiskError as error:
+        said = str(error)
+    weights.save_file = save_file
+    dist.barrier()
+    return [said, names(out)]
+
+
+def damaged(folder):
+    """A sharded model is as strict as a whole one."""
+    try:
+        shard.load_sharded(folder, Dist(), "cpu", torch.float32)
+    except UserError as error:
+        return str(error)
+
+
+def main(folder, broken, out):
+    dist.start("cpu", 60.0)
+    folder, out = Path(folder), Path(out)
+    said = {"hand_over": [hand_over(over, size) for over in ("all", "host") for size in (1 << 20, 150, 1)]}
+    said["folders"] = [folders(folder, out, over) for over in ("all", "host")]
+    said["full_disk"] = full_disk(folder, out)
+    said["damaged"] = damaged(Path(broken))
+    print(json.dumps(said))
