@@ -17,7 +17,7 @@ Next: metrics.py, where records are kept and shown.
 
 import torch
 
-from nanolmmr1.metrics import peak_rss_mb
+from nanolmmr1.metrics import peak_rss_mb, rss_mb
 from nanolmmr1.objective import importance_ratio, importance_weights, kl_penalty
 
 
@@ -34,7 +34,7 @@ def account(progress, objective, rollout, sampled, learnt, sampler_stats, second
     spread = [len(set(group.rewards)) > 1 for group in sampled]
     lengths = torch.tensor([len(r.ids) for group in sampled for r in group.responses], dtype=torch.float)
     cut = [r.finish == "length" for group in sampled for r in group.responses]
-    prompts = [len(group.prompt.ids) for group in sampled]
+    prompts = [group.prompt_tokens for group in sampled]
     parts = {key for judgement in judgements for key in judgement} - {"timeout"}
     handled = sum(prompts) + float(lengths.sum())
     return {
@@ -69,6 +69,7 @@ def account(progress, objective, rollout, sampled, learnt, sampler_stats, second
         "perf/total_num_tokens": int(handled),
         "perf/throughput": handled / seconds["timing_s/step"],
         "perf/peak_rss_mb": peak_rss_mb(),
+        "perf/rss_mb": rss_mb(),
     }
 
 
@@ -76,7 +77,7 @@ def mismatch(rollout, objective):
     """The sampler's log-probs against the policy's, over all scored tokens; a kind of prompt not there is left out."""
     policy, sampler = rollout.first_logp, rollout.sampler_logp  # (M,)
     k3, gap = kl_penalty(sampler, policy, "k3"), (policy - sampler).abs()
-    images = torch.tensor([len(group.prompt.grid) > 0 for group in rollout.groups])  # (groups,)
+    images = torch.tensor([group.num_patches > 0 for group in rollout.groups])  # (groups,)
     image = images[rollout.group][rollout.response]  # (M,)
     record = {}
     for kind, chosen in (("", torch.ones_like(image)), ("image/", image), ("text/", ~image)):

@@ -1,14 +1,22 @@
 """Held-out accuracy by task: greedy answers, judged by the accuracy reward alone."""
 
+import torch
+
+from nanolmmr1 import dist
+from nanolmmr1.config import UserError
 from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.watch import Preempted
+
+ROWS = 256  # a rank prepares at a time: bounds the prompts held in memory
 
 
-def evaluate(tasks, sampler, processor, judge, max_tokens, display):
-    """Fraction of right answers per task.
+def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda done: None):
+    """Fraction of right answers per task, each rank answering its share.
 
     Args:
         tasks: name -> (rows, captions).
         max_tokens: of an answer; a longer one is judged as far as it goes.
+        check: called between tokens; may raise Preempted, which all ranks then do.
 
     Returns:
         {task: fraction}
@@ -17,15 +25,35 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display):
         1, max_tokens, temperature=0.0, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids
     )
     accuracy = {}
+    parts, part = dist.size() // sampler.ranks, dist.rank() // sampler.ranks
     for name, (rows, captions) in tasks.items():
-        right = 0
-        with display.busy(f"evaluating {name}", len(rows)) as advance:
-            for start in range(0, len(rows), 256):  # bounds the prompts held in memory
-                part = rows[start : start + 256]
-                prompts = [processor.prepare(row, captions) for row in part]
-                groups = sampler.generate(prompts, params, [(0,)] * len(prompts), advance)
-                texts = [processor.decode(group.responses[0].ids) for group in groups]
-                verdicts = judge.score([(text, row.public()) for text, row in zip(texts, part, strict=True)])
-                right += sum(verdict["accuracy"] for verdict in verdicts)
+        right, error = torch.zeros(2), ""  # right answers, and ranks that are to stop
+        own = rows[dist.share(len(rows), parts, part)]
+        with display.busy(f"evaluating {name}", len(own)) as advance:
+
+            def told(done, advance=advance):
+                check(done)
+                advance(done)
+
+            try:
+                for start in range(0, len(own), ROWS):
+                    some = own[start : start + ROWS]
+                    prompts = [processor.prepare(row, captions) for row in some]
+                    groups = sampler.generate(prompts, params, [(0,)] * len(prompts), told)
+                    texts = [processor.decode(group.responses[0].ids) for group in groups]
+                    verdicts = judge.score([(text, row.public()) for text, row in zip(texts, some, strict=True)])
+                    right[0] += sum(verdict["accuracy"] for verdict in verdicts)
+            except Preempted:
+                right[1] = 1
+            except UserError as caught:
+                if dist.size() == 1:
+                    raise
+                error = str(caught)
+            if dist.rank() % sampler.ranks:
+                right[0] = 0  # another rank of the same engine has counted these
+            right, stopping = dist.total(right).tolist()
+        if stopping:
+            raise Preempted
+        dist.share_errors([text.decode() for text in dist.gather(error.encode())])
         accuracy[name] = right / len(rows)
     return accuracy

@@ -74,18 +74,33 @@ def peak_rss_mb():
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, Linux KiB
 
 
-class StageTimer:
-    """Seconds per named stage of a step. A stage entered again adds up; a stage inside another counts in both."""
+def rss_mb():
+    """Resident memory of this process now, in 1e6 bytes; where /proc is missing, its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return peak_rss_mb()
+    return pages * resource.getpagesize() / 1e6
 
-    def __init__(self):
-        self._seconds = {}
+
+class StageTimer:
+    """Seconds per named stage of a step. A stage entered again adds up; a stage inside another counts in both.
+
+    Args:
+        watch: told of every stage as well, so that a rank that stays in one can be named; or None.
+        step: number of the step, for the watch.
+    """
+
+    def __init__(self, watch=None, step=0):
+        self._seconds, self._watch, self._step = {}, watch, step
 
     @contextlib.contextmanager
     def stage(self, name):
         """Time the body of a `with`, also when it raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self._watch.stage(name, self._step) if self._watch else contextlib.nullcontext():
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -111,7 +111,18 @@ class LanguageAttention(nn.Module):
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
-class LanguageBlock(nn.Module):
+class Block(nn.Module):
+    """What can be recomputed in the backward pass instead of being kept: `recompute`, inside FSDP's gather."""
+
+    recompute = False
+
+    def forward(self, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        return self.run(*args)
+
+
+class LanguageBlock(Block):
     def __init__(self, cfg):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -119,7 +130,7 @@ class LanguageBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
 
-    def forward(self, x, positions, attend):
+    def run(self, x, positions, attend):
         # The second add could join the next block's norm, but then a checkpoint between blocks would keep two tensors.
         y, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, attend), residual=x)
         return x + self.mlp(y)
@@ -146,7 +157,7 @@ class VisionAttention(nn.Module):
         return self.proj(attention(q, k, v, spans, impl=impl).flatten(1))
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Block):
     def __init__(self, cfg):
         super().__init__()
         self.norm1 = RMSNorm(cfg.hidden_size, 1e-6)
@@ -154,7 +165,7 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(cfg.hidden_size, 1e-6)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
 
-    def forward(self, x, places, spans, impl):
+    def run(self, x, places, spans, impl):
         y, x = self.norm2(self.attn(self.norm1(x), places, spans, impl), residual=x)
         return x + self.mlp(y)
 
@@ -210,7 +221,6 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(cfg)
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth))
         self.merger = Merger(cfg)
-        self.checkpoint_activations = False
 
     def forward(self, patches, grid, impl="auto"):
         """Image embeddings (P / 4, H).
@@ -236,7 +246,7 @@ class VisionTower(nn.Module):
         full, local = _even_spans(frames), _even_spans(windows)
         for index, block in enumerate(self.blocks):
             spans = full if index in cfg.fullatt_block_indexes else local
-            x = maybe_checkpoint(self, block, x, places, spans, impl)
+            x = block(x, places, spans, impl)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return self.merger(x)[back]
@@ -250,12 +260,6 @@ def _even_spans(lengths):
     return Spans(torch.stack([starts, ends, starts, ends, zero, zero, zero], 1), int(ends[-1]))
 
 
-def maybe_checkpoint(owner, block, *args):
-    if owner.checkpoint_activations and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
-
-
 class Qwen25VL(nn.Module):
     """The whole model. `head` is the LM head's weight; logits are the kernels' business."""
 
@@ -266,29 +270,38 @@ class Qwen25VL(nn.Module):
         self.model = LanguageModel(cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        self.checkpoint_activations = False
 
     @property
     def head(self):
         """(V, H)"""
         return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, ids, positions, attend, images=None, image_slots=None):
-        """Last hidden states, normed.
+    def forward(self, ids, positions, attend, patches=None, grid=None, image_slots=None, *, impl="auto", then=None):
+        """Last hidden states, normed, or what `then` makes of them.
+
+        All of a pass happens in here, pictures and head included: this is where a sharded model has its weights.
 
         Args:
             ids: (T,) int64.
             positions: (3, T) int64, time / height / width.
             attend: (layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, D)) -> (T, Hq, D).
-            images: (K, H) from `self.visual`, or None.
-            image_slots: (K,) int64, the tokens that the images' embeddings replace.
+            patches: (P, patch_dim), grid: (num_images, 3), of the images; None or empty: there are none.
+            image_slots: (K,) int64, the tokens that the first K image embeddings replace. There may be more of these:
+                a rank without images runs the tower on an idle one, whose gradient is zero, since the others do.
+            impl: of the tower's attention.
+            then: (hidden (T, H), head (V, H)) -> anything.
 
         Returns:
-            (T, H)
+            (T, H), or what `then` returned.
         """
         x = self.model.embed_tokens(ids)  # (T, H)
-        if images is not None:
-            x = x.index_copy(0, image_slots, images.to(x.dtype))
+        if grid is not None and len(grid):
+            # A frozen tower's activations need not be kept.
+            trained = any(p.requires_grad for p in self.visual.parameters())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+                images = self.visual(patches, grid, impl)
+            x = x.index_copy(0, image_slots, images[: len(image_slots)].to(x.dtype))
         for layer, block in enumerate(self.model.layers):
-            x = maybe_checkpoint(self, block, x, positions, lambda q, k, v, layer=layer: attend(layer, q, k, v))
-        return self.model.norm(x)
+            x = block(x, positions, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+        hidden = self.model.norm(x)
+        return then(hidden, self.head) if then else hidden

@@ -1,20 +1,24 @@
 """The model under training: hidden states of packs, `score` (no gradient), `learn` (gradient), `apply` (one update).
 
-Parameters are kept in fp32; on a GPU the computation runs in bfloat16 under autocast. Gradients of
-all micro-batches of an optimiser step add up before `apply`; since per-token weights already hold
-the step's one denominator, no cut into micro-batches changes the sum.
+Master weights are fp32 (or, by `optim.weights`, bf16); on a GPU the computation runs in bfloat16 under autocast.
+Gradients of all micro-batches and ranks of an optimiser step add up before `apply`; since per-token weights already
+hold the step's one denominator, no cut into micro-batches or ranks changes the sum.
+
+Next: shard.py, how the model lies on several ranks; optim.py, the optimiser of bf16 weights.
 """
 
 import contextlib
 import math
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from nanolmmr1.config import UserError
 from nanolmmr1.kernels.attention import attention
 from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
+from nanolmmr1.optim import StochasticAdamW
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
 
@@ -23,17 +27,17 @@ class Policy:
     """A Qwen25VL with its optimiser and, where KL asks for it, its reference.
 
     Args:
-        model: Qwen25VL with fp32 parameters, on the device where it is to be trained.
+        model: Qwen25VL with master weights, plain or sharded.
         cfg: the recipe; banned_ids: token ids that no response may hold.
-        dtype: of the computation.
+        dtype: of the computation. device: where it runs; None: where the head is.
 
     Raises:
         UserError: pack.head_logits asks for what the head cannot do here.
     """
 
-    def __init__(self, model, cfg, banned_ids=(), dtype=torch.float32):
+    def __init__(self, model, cfg, banned_ids=(), dtype=torch.float32, device=None):
         self.model, self.cfg, self.banned_ids, self.dtype = model, cfg, tuple(banned_ids), dtype
-        self.device = model.head.device
+        self.device = torch.device(device) if device else model.head.device
         triton = cfg.pack.head == "triton" or (cfg.pack.head == "auto" and self.device.type == "cuda")
         if cfg.pack.head_logits == "bfloat16" and not (triton and dtype == torch.bfloat16):
             raise UserError(
@@ -41,10 +45,15 @@ class Policy:
                 f"{self.device.type} and {str(dtype).removeprefix('torch.')}: leave it at float32"
             )
         self.reference = None
-        model.checkpoint_activations = model.visual.checkpoint_activations = cfg.pack.checkpoint_activations
+        tower, language = (
+            sum(p.numel() for p in blocks.parameters()) for blocks in (model.visual.blocks, model.model.layers)
+        )
+        self.patch_cost = tower / language  # of an image patch, in tokens: by the parameters that each meets
+        for block in (*model.model.layers, *model.visual.blocks):
+            block.recompute = cfg.pack.checkpoint_activations == "all"
 
-    def start_phase(self, phase):
-        """Set which parts learn, and begin a fresh AdamW over them.
+    def start_phase(self, phase, seed=0):
+        """Set which parts learn, and begin a fresh AdamW over them; what it rounds at random, it draws from `seed`.
 
         Raises:
             UserError: a name in `freeze` that fits no tensor, or nothing left to train.
@@ -68,44 +77,52 @@ class Policy:
         optim = self.cfg.optim
         # Norms and biases are not decayed.
         groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=phase.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True
-        )
+        options = dict(lr=phase.lr, betas=tuple(optim.betas), eps=optim.eps)
+        groups = [g for g in groups if g["params"]]
+        if optim.weights == "bfloat16":
+            self.optimizer = StochasticAdamW(groups, seed=seed, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
 
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def hidden(self, pack, model):
-        """Hidden states (N, H) of the positions that predict the pack's scored tokens."""
-        images = None
-        if len(pack.grid):
-            # A frozen tower's activations need not be kept.
-            with (
-                contextlib.nullcontext() if any(p.requires_grad for p in model.visual.parameters()) else torch.no_grad()
-            ):
-                images = model.visual(pack.patches, pack.grid, self.cfg.pack.attention)
+    def run(self, pack, model, head):
+        """What `head` makes of its weight (V, H) and the hidden states (N, H) that predict the pack's scored tokens."""
 
         def attend(layer, q, k, v):
             return attention(q, k, v, pack.spans, impl=self.cfg.pack.attention)
 
-        return model(pack.ids, pack.positions, attend, images, pack.image_slots).index_select(0, pack.rows)
+        def then(hidden, weight):
+            return head(hidden.index_select(0, pack.rows).to(self.dtype), weight)
 
+        images = pack.patches, pack.grid, pack.image_slots
+        with self.autocast():
+            return model(pack.ids, pack.positions, attend, *images, impl=self.cfg.pack.attention, then=then)
+
+    @torch.no_grad()
     def score(self, pack, temperature, model=None):
         """Log-probs and entropies (N,) of the pack's scored tokens, under `model` (default: the policy)."""
-        pack, model = pack.to(self.device), model or self.model
-        with torch.no_grad(), self.autocast():
-            hidden = self.hidden(pack, model).to(self.dtype)
+        pack = pack.to(self.device)
+
+        def head(hidden, weight):
             return linear_logprob(
                 hidden,
-                model.head.to(self.dtype),
+                weight,
                 pack.target,
                 temperature=temperature,
                 banned=self.banned_ids,
                 chunk_tokens=self.cfg.pack.head_chunk_tokens,
                 impl=self.cfg.pack.head,
             )
+
+        model = model or self.model
+        scores = self.run(pack, model, head)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # the root waits for a backward pass, and would miss the next update
+        return scores
 
     def learn(self, pack, tokens, objective, temperature):
         """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
@@ -117,11 +134,11 @@ class Policy:
         # Known importance weights cost nothing. Unknown ones of whole responses cost a second pass through the head,
         # a fraction of what it would cost to score the responses beforehand.
         tokens, objective = fold_importance(tokens, objective)
-        with self.autocast():
-            hidden = self.hidden(pack, self.model).to(self.dtype)
-            loss, logp, entropy = linear_loss(
+
+        def head(hidden, weight):
+            return linear_loss(
                 hidden,
-                self.model.head.to(self.dtype),
+                weight,
                 pack.target,
                 lambda logp, entropy, rows: policy_loss(logp, entropy, tokens[rows], objective),
                 fused=fused_objective(tokens, objective),
@@ -132,6 +149,8 @@ class Policy:
                 logits_dtype=getattr(torch, self.cfg.pack.head_logits),
                 impl=self.cfg.pack.head,
             )
+
+        loss, logp, entropy = self.run(pack, self.model, head)
         loss.backward()
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
@@ -141,6 +160,7 @@ class Policy:
         A non-finite loss or gradient changes nothing but clears the gradient.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.optim.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
         finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
             for group in self.optimizer.param_groups:
@@ -150,17 +170,20 @@ class Policy:
         return float(norm), finite
 
     def optimizer_tensors(self):
-        """Name -> tensor of the optimiser's state, for a checkpoint."""
+        """Name -> tensor of the optimiser's state, for a checkpoint; one to read into where no step was taken yet."""
+        for p in self.trained.values():
+            if not self.optimizer.state[p]:
+                moments = {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+                # A fused update wants its step count beside the parameter, ours where it can be read.
+                beside = isinstance(self.optimizer, torch.optim.AdamW)
+                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device if beside else "cpu"), **moments}
         return {
             f"{name}/{key}": value for name, p in self.trained.items() for key, value in self.optimizer.state[p].items()
         }
 
-    def load_optimizer_tensors(self, tensors):
-        for name, value in tensors.items():
-            name, _, key = name.rpartition("/")
-            p = self.trained[name]
-            # AdamW's fused update wants its step counts beside the parameters.
-            self.optimizer.state[p][key] = value.to(p.device)
+    def discard(self):
+        """Forget the gradient of an update that is not to be made."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def fused_objective(tokens, objective):

@@ -120,6 +120,7 @@ class Optim:
     warmup_steps: int = opt(0, "linear warm-up at each phase's start, in steps")
     min_lr_ratio: float = opt(0.1, "cosine ends at this share of lr")
     max_bad_steps: int = opt(3, "non-finite steps in a row before the run stops")
+    weights: str = opt("float32", "master weights: float32 | bfloat16 (with its moments; stochastically rounded)")
 
 
 @dataclass
@@ -129,18 +130,41 @@ class Pack:
     head: str = opt("auto", "auto (triton on cuda, chunked on cpu) | triton | chunked | reference")
     head_logits: str = opt("float32", "of a chunk: float32 | bfloat16 (faster; rounds new log-probs, not old ones)")
     head_chunk_tokens: int = opt(0, "scored tokens per chunk of the LM head; 0: by device and vocabulary")
-    checkpoint_activations: bool = opt(False, "recompute each block in the backward pass")
+    checkpoint_activations: str = opt("none", "none | all (recompute each block in the backward pass) | budget")
+    activation_budget_gb: float = opt(16.0, "budget: as many blocks are recomputed as this asks for, a rank")
 
 
 @dataclass
 class Checkpoint:
     every_steps: int = opt(0, "0: only where a phase ends")
-    keep: int = opt(2, "newest checkpoints kept")
+    keep: int = opt(2, "newest checkpoints kept, and beside them the one that evaluated best")
+    background: bool = opt(True, "write while training goes on; a copy of the state is held in memory meanwhile")
+
+
+@dataclass
+class Dist:
+    """How a run lies on the ranks that torchrun started."""
+
+    shard: str = opt("all", "FSDP over all ranks | host (inside each host, replicated across hosts: HSDP)")
+    offload: bool = opt(False, "parameters, gradients and optimiser live on the CPU")
+    offload_reference: bool = opt(False, "the KL reference's shards live on the CPU between its turns")
+    timeout_s: float = opt(1800.0, "a collective that waits longer ends the process; torchrun may start all anew")
+    hang_s: float = opt(300.0, "a rank that keeps the others waiting for so long is named")
+
+
+@dataclass
+class Plan:
+    """The machine that `--plan` plans for. Nothing of it changes a run."""
+
+    gpu_gb: float = opt(0.0, "memory of a GPU, in 1e9 bytes; 0: of the one that is there, else 80")
+    gpus: int = opt(0, "GPUs in all; 0: as many as torchrun starts, else 1")
+    host_gpus: int = opt(0, "GPUs of a host; 0: as torchrun says, else up to 8")
 
 
 @dataclass
 class Evaluate:
     tasks: dict = opt({}, "name -> {data: ..., captions: false}; held-out rows, greedy answers")
+    every_steps: int = opt(0, "also evaluate every so many steps of a phase; 0: only where it ends")
     limit: int = opt(0, "rows per task; 0: all")
     max_response_tokens: int | None = opt(None, "none: the longest phase's")
     max_prompt_tokens: int | None = opt(None, "none: the longest phase's")
@@ -163,6 +187,8 @@ class Recipe:
     pack: Pack = field(default_factory=Pack)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    dist: Dist = field(default_factory=Dist)
+    plan: Plan = field(default_factory=Plan)
     defaults: Phase = field(default_factory=Phase)
     phases: dict[str, Phase] = opt({}, "name -> phase, in order")
 
@@ -177,8 +203,10 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "never"), "world": ("", "desk"),
     "attention": ("auto", "triton", "varlen", "flash", "sdpa", "reference"),
     "head": ("auto", "triton", "chunked", "reference"), "head_logits": ("float32", "bfloat16"),
+    "checkpoint_activations": ("none", "all", "budget"), "weights": ("float32", "bfloat16"),
+    "shard": ("all", "host"),
 }
 POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",
             "updates_per_rollout", "min_pixels", "max_pixels", "workers", "timeout_s", "max_sequences", "eps",
             "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps",
-            "gpu_memory_utilization", "tensor_parallel"}  # no number may be negative
+            "gpu_memory_utilization", "tensor_parallel", "hang_s"}  # no number may be negative

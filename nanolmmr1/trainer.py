@@ -3,6 +3,9 @@
 `Trainer.step` is the page that everything else serves: sample, judge, pack, remember, learn,
 account. Nothing in it depends on the engine, the model or the phase.
 
+On several ranks each samples and judges its share; then all of them know all groups, and work out alike what follows.
+A rollout's vectors are whole on every rank; packs are a rank's own.
+
 Next: pack.py (how tokens lie in memory), objective.py (what is optimised), account.py (what is told of it).
 """
 
@@ -11,14 +14,17 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from nanolmmr1 import dist
 from nanolmmr1.account import account
 from nanolmmr1.config import UserError
 from nanolmmr1.data import PromptSampler, open_image
+from nanolmmr1.exchange import gather_groups
 from nanolmmr1.metrics import StageTimer
 from nanolmmr1.objective import Tokens, overlong_penalty, token_advantages, token_weights
-from nanolmmr1.pack import pack_groups
+from nanolmmr1.pack import build, deal, has_images
 from nanolmmr1.policy import learning_rate
 from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
 
 
@@ -83,14 +89,15 @@ class Trainer:
 
     Args:
         cfg: the recipe. policy, sampler, judge, processor: see their files.
-        metrics, samples, display: where a step is told.
-        progress: Progress to go on from.
+        metrics, samples, display: where a step is told; the first two are None on ranks that write nothing.
+        progress: Progress to go on from. watch: Watch, or None.
     """
 
-    def __init__(self, cfg, policy, sampler, judge, processor, metrics, samples, display, progress=None):
+    def __init__(self, cfg, policy, sampler, judge, processor, metrics, samples, display, progress=None, watch=None):
         self.cfg, self.policy, self.sampler, self.judge, self.processor = cfg, policy, sampler, judge, processor
         self.metrics, self.samples, self.display = metrics, samples, display
-        self.progress = progress or Progress()
+        self.progress, self.watch = progress or Progress(), watch
+        self.saved_s = 0.0  # how long a checkpoint has held the run up since the last step
 
     def start_phase(self, name, rows, reference=None):
         """Begin (or, where progress is inside it, continue) a phase.
@@ -104,14 +111,15 @@ class Trainer:
         self.rows, self.order = rows, PromptSampler(len(rows), self.cfg.seed, name)
         # Part of each response's seed: phases draw differently from the same rows.
         self.phase_seed = zlib.crc32(name.encode())
-        self.policy.start_phase(self.phase)
+        self.policy.start_phase(self.phase, zlib.crc32(f"{self.cfg.seed}/{name}".encode()))
         self.policy.reference = reference
         self.told_split = False
         self.display.start_phase(name, self.progress.phase_step)
 
     def step(self):
         """One rollout and the updates it pays for. Returns the step's record, as written to metrics.jsonl."""
-        phase, objective, policy, timer = self.phase, self.phase.objective, self.policy, StageTimer()
+        phase, objective, policy = self.phase, self.phase.objective, self.policy
+        timer = StageTimer(self.watch, self.progress.step + 1)
 
         with timer.stage("step"):
             # 1. sample, 2. judge: until enough groups can teach something (see collect).
@@ -119,7 +127,8 @@ class Trainer:
             rollout = Rollout(groups)
 
             # 3. pack: one flat token axis per micro-batch; a group's prompt stands in it once.
-            updates, split = self.pack(groups)
+            with timer.stage("pack"):
+                updates, split = self.pack(groups)
 
             # 4. remember: log-probs before the first update, and the reference's, with the same packs.
             kl_in_reward = objective.kl_coef and objective.kl_place == "reward"
@@ -145,10 +154,12 @@ class Trainer:
         self.progress.phase_step += 1
         self.progress.cursor = cursor
         learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
-        record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, timer.seconds())
-        self.metrics.write(record)
+        seconds, self.saved_s = timer.seconds() | {"timing_s/save_checkpoint": self.saved_s}, 0.0
+        record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
         self.progress.metric_lines += 1
-        self.keep_sample(rollout)
+        if dist.is_main():
+            self.metrics.write(record)
+            self.keep_sample(rollout)
         self.display.step(record)
         if self.progress.bad_steps >= self.cfg.optim.max_bad_steps:
             raise UserError(
@@ -177,14 +188,7 @@ class Trainer:
         kept, sampled = [], []
         for _ in range(1 + phase.max_refills * phase.dynamic_sampling):
             count = phase.prompts_per_step - len(kept)
-            with timer.stage("data"):
-                prompts = [self.processor.prepare(self.rows[i], phase.captions) for i in self.order.take(cursor, count)]
-            with timer.stage("gen"):
-                self.sampler.wake()
-                seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(count)]
-                groups = self.sampler.generate(prompts, params, seeds)
-            with timer.stage("reward"):
-                self.judge_groups(groups)
+            groups = self.sample(self.order.take(cursor, count), cursor, params, timer)
             cursor += count
             sampled += groups
             kept += [g for g in groups if not phase.dynamic_sampling or len(set(g.rewards)) > 1]
@@ -198,6 +202,36 @@ class Trainer:
             )
         return kept or sampled[-phase.prompts_per_step :], sampled, cursor
 
+    def sample(self, indices, cursor, params, timer):
+        """Judged groups of these rows, this rank's share made here and the others' gathered."""
+        engine = self.sampler.ranks
+        mine = dist.share(len(indices), dist.size() // engine, dist.rank() // engine)
+        indices, groups, trouble = indices[mine], [], None
+        try:
+            with timer.stage("data"):
+                prompts = [self.processor.prepare(self.rows[i], self.phase.captions) for i in indices]
+            with timer.stage("gen"):
+                self.sampler.wake()
+                seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(mine.start, mine.stop)]
+                groups = self.sampler.generate(prompts, params, seeds, self.check)
+            with timer.stage("reward"):
+                self.judge_groups(groups)
+        except (Preempted, UserError) as stop:
+            groups, trouble = [], stop
+        with timer.stage("exchange"):
+            return gather_groups(groups, indices, self.rows, trouble, speaks=dist.rank() % engine == 0)
+
+    def check(self, _done=0):
+        """Between two tokens: is this rank to stop?"""
+        if self.watch:
+            self.watch.check()
+
+    def halt(self):
+        """Between two packs, on all ranks at once: is any of them to stop?"""
+        if dist.any_of(self.watch is not None and self.watch.stopping):
+            self.policy.discard()
+            raise Preempted
+
     def judge_groups(self, groups):
         for group in groups:
             group.texts = [self.processor.decode(r.ids) for r in group.responses]
@@ -207,11 +241,11 @@ class Trainer:
             group.judgements = [next(judgements) for _ in group.texts]
 
     def pack(self, groups):
-        """The packs of each update, and how many groups had to be split."""
+        """This rank's packs of each update, equally many on all ranks, and how many groups had to be split."""
         updates, first, split, budget = [], 0, 0, self.cfg.pack.tokens_per_micro_batch
-        for part in _deal(groups, self.phase.updates_per_rollout):
-            packs, cut = pack_groups(part, budget, first)
-            updates.append(packs)
+        for part in _parts(groups, self.phase.updates_per_rollout):
+            micro_steps, cut = deal(part, budget, dist.size(), first, self.policy.patch_cost)
+            updates.append([self.build(step) for step in micro_steps])
             split += cut
             first += sum(len(r.ids) for group in part for r in group.responses)
         if split and not self.told_split:
@@ -220,40 +254,59 @@ class Trainer:
                 f"{split} of {len(groups)} groups exceed pack.tokens_per_micro_batch={budget} and are split: "
                 "same gradient, but their prompts are computed more than once"
             )
+        if dist.size() > 1:
+            for group in groups:
+                group.prompt = None  # the packs hold what is this rank's; pictures take room
         return updates, split
+
+    def build(self, micro_step):
+        """This rank's pack of a micro-step."""
+        pieces = micro_step[dist.rank()]
+        for group in (piece.group for piece in pieces):
+            if group.prompt is None:
+                group.prompt = self.processor.prepare(group.row, self.phase.captions)
+        return build(pieces, self.policy.model.cfg.vision.patch_dim if has_images(micro_step) else 0)
 
     def score(self, updates, rollout, model=None):
         """Log-probs of all scored tokens on the flat axis, (M,)."""
         logp = torch.zeros_like(rollout.sampler_logp)
         for pack in (pack for packs in updates for pack in packs):
+            self.halt()
             logp[pack.where] = self.policy.score(pack, self.phase.temperature, model)[0].cpu()
-        return logp
+        return dist.total(logp)
 
     def learn(self, updates, rollout):
         """One optimiser step per update; returns what `account` reports of them."""
         phase, sums, norms = self.phase, {}, []
         lr = learning_rate(phase, self.cfg.optim, self.progress.phase_step)
-        for packs in updates:
-            own = torch.unique(torch.cat([rollout.response[pack.where] for pack in packs]))
+        parts = _parts(torch.arange(len(rollout.lengths)).view(len(rollout.groups), -1), len(updates))
+        for packs, part in zip(updates, parts, strict=True):
+            own = part.flatten()  # (R',) the update's responses, on whichever rank
             rollout.weight[own] = token_weights(
                 rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
             )
-            loss = 0.0
+            told = {}
             for pack in packs:
+                if not norms:  # later, some of the step's updates are made: it must be finished
+                    self.halt()
                 stats = self.policy.learn(
                     pack, rollout.tokens(pack, self.policy.device), phase.objective, phase.temperature
                 )
-                loss += float(stats["loss"])
                 logp = stats.pop("logp")
                 if rollout.old_logp is None:
                     rollout.first_logp[pack.where] = logp.cpu()
                 for key, value in stats.items():
-                    sums[key] = sums.get(key, 0.0) + float(value)
-            norm, updated = self.policy.apply(lr, loss)
+                    told[key] = told.get(key, 0.0) + float(value)
+            summed = dist.total(torch.tensor([*told.values()], dtype=torch.float64)).tolist()
+            told = dict(zip(told, summed, strict=True))
+            norm, updated = self.policy.apply(lr, told["loss"])
             norms.append(norm)
+            sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
             self.progress.bad_steps = 0 if updated else self.progress.bad_steps + 1
             self.progress.skipped_steps += not updated
-        self.sampler.update(published(self.policy.model))
+        if rollout.old_logp is None:
+            dist.total(rollout.first_logp)
+        self.sampler.update(published(self.policy.model, self.sampler.dtype))
         return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
 
     def keep_sample(self, rollout):
@@ -262,7 +315,7 @@ class Trainer:
         if step not in (1, steps) and step % max(1, steps // 10):
             return
         group, first = rollout.groups[0], (rollout.lengths.cumsum(0) - rollout.lengths).tolist()
-        row = group.prompt.row
+        row = group.row
         record = {
             "phase": self.progress.phase,
             "step": self.progress.step,
@@ -285,7 +338,7 @@ class Trainer:
         return asdict(self.progress)
 
 
-def _deal(groups, parts):
+def _parts(groups, parts):
     """`parts` contiguous shares, as equal as can be; fewer where there are fewer groups."""
     parts = min(parts, len(groups))
-    return [groups[len(groups) * i // parts : len(groups) * (i + 1) // parts] for i in range(parts)]
+    return [groups[dist.share(len(groups), parts, i)] for i in range(parts)]

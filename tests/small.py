@@ -2,6 +2,7 @@
 
 import torch
 
+from nanolmmr1 import dist, shard
 from nanolmmr1.config import resolve
 from nanolmmr1.data import Row
 from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
@@ -43,14 +44,23 @@ def small_recipe(phase=None, objective=None, optim=None, pack=None):
 
 
 class SmallProcessor:
-    """Row n is the prompt `n + 3`, five times or so; text is token ids in decimal."""
+    """Row n is the prompt `n + 3`, five times or so; text is token ids in decimal.
+
+    With `images`, the rows that n % 3 leaves 0 of begin with a picture of n + 1 image tokens, of noise.
+    """
 
     stop_ids, banned_ids = (STOP,), BANNED
 
+    def __init__(self, images=False):
+        self.images = images
+
     def prepare(self, row, captions):
-        ids = torch.full((4 + int(row.problem) % 3,), 3 + int(row.problem))
-        return Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), torch.zeros(0, 1176),
-                      torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), row.problem)
+        n = int(row.problem)
+        slots = n + 1 if self.images and n % 3 == 0 else 0
+        ids = torch.cat([torch.zeros(slots, dtype=torch.int64), torch.full((4 + n % 3,), 3 + n)])
+        patches = torch.randn(4 * slots, 1176, generator=torch.Generator().manual_seed(n))
+        grid = torch.tensor([[1, 2, 2 * slots]] if slots else []).long().view(-1, 3)
+        return Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), patches, grid, torch.arange(slots), row.problem)
 
     def decode(self, ids):
         return " ".join(map(str, ids.tolist()))
@@ -79,15 +89,24 @@ def share_of_even(ids, row):
     return sum(token % 2 == 0 for token in ids) / len(ids)
 
 
-def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None, **changes):
-    """A trainer at the start of its phase, over 12 rows; `notes`: a list that is told what the user would be."""
+def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None, images=False, over="all", watch=None,
+                  **changes):
+    """A trainer at the start of its phase, over 12 rows; `notes`: a list that is told what the user would be.
+
+    With a process group its model is sharded, `over` all ranks or each host's, and so is the reference.
+    """
     cfg = small_recipe(**changes)
-    policy = Policy(small_model(seed), cfg, BANNED)
+    model = small_model(seed)
+    if dist.sharded():
+        for own in filter(None, (model, reference)):
+            shard.shard(own, dist.mesh("cpu", over), torch.float32)
+    policy = Policy(model, cfg, BANNED)
     display = Display({"train": cfg.phases["train"].steps}, quiet=True)
     if notes is not None:
         display.note = notes.append
-    trainer = Trainer(cfg, policy, RecordingSampler(policy), SmallJudge(rule), SmallProcessor(), MetricsLog(folder),
-                      SampleLog(folder), display)
+    logs = (MetricsLog(folder), SampleLog(folder)) if dist.is_main() else (None, None)
+    trainer = Trainer(cfg, policy, RecordingSampler(policy), SmallJudge(rule), SmallProcessor(images), *logs, display,
+                      watch=watch)
     trainer.start_phase("train", [Row(str(n), "") for n in range(12)], reference)
     return trainer
 

@@ -10,7 +10,7 @@ from PIL import Image
 from nanolmmr1 import weights
 from nanolmmr1.data import Row
 from nanolmmr1.kernels import attention, linear_loss
-from nanolmmr1.pack import build, pack_groups
+from nanolmmr1.pack import Piece, build, deal, pack_groups
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.schema import Prompt as PromptConfig
@@ -42,9 +42,9 @@ def prompts(tiny, tmp_path_factory):
 
 def hidden_states(model, pack, spans, impl="sdpa"):
     """(T, H), in the model's dtype; pack: ids, positions, patches, grid and image_slots."""
-    images = model.visual(pack.patches.to(model.head.dtype), pack.grid) if len(pack.grid) else None
     attend = lambda layer, q, k, v: attention.attention(q, k, v, spans, impl=impl)  # noqa: E731
-    return model(pack.ids, pack.positions, attend, images, pack.image_slots)
+    images = pack.patches.to(model.head.dtype), pack.grid, pack.image_slots
+    return model(pack.ids, pack.positions, attend, *images)
 
 
 def test_the_vision_tower_attends_by_the_impl_it_is_given(tiny, prompts):
@@ -60,7 +60,7 @@ def scored_hidden(model, pack):
 
 def prompt_logits(model, *prompts):
     """Logits (T, V) of prompts packed end to end, split by prompt."""
-    pack = build([(prompt, [], []) for prompt in prompts])
+    pack = build([Piece(Group(prompt, []), [], [], len(prompt.ids), len(prompt.patches)) for prompt in prompts])
     return (hidden_states(model, pack, pack.spans) @ model.head.T).split([len(prompt.ids) for prompt in prompts])
 
 
@@ -216,13 +216,15 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tiny, world, gold,
 
 def test_activation_checkpointing_gives_gradients_equal_to_the_bit(tiny, world):
     plain, checkpointed = weights.load(tiny), weights.load(tiny)
-    checkpointed.checkpoint_activations = checkpointed.visual.checkpoint_activations = True
+    for block in (*checkpointed.model.layers, *checkpointed.visual.blocks):
+        block.recompute = True
     calls = []
-    for block in (checkpointed.model.layers[0], checkpointed.visual.blocks[0]):
-        block.register_forward_pre_hook(lambda block, _: calls.append(type(block).__name__))
+    for part in (checkpointed.model.layers[0].self_attn, checkpointed.visual.blocks[0].attn):
+        part.register_forward_pre_hook(lambda part, _: calls.append(type(part).__name__))
     loss, grads, _ = packed_gradients(plain, world)
     again, grads_again, _ = packed_gradients(checkpointed, world)
-    assert calls == ["VisionBlock", "LanguageBlock", "LanguageBlock", "VisionBlock"]  # each forward ran twice
+    once = ["VisionAttention", "LanguageAttention"]
+    assert calls == [*once, *reversed(once)]  # each forward ran twice
     assert loss == again
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
 
@@ -232,7 +234,8 @@ def test_a_stray_image_token_in_a_response_is_a_token_like_any_other(tiny, promp
     with torch.no_grad():
         model.model.embed_tokens.weight[pad] = model.model.embed_tokens.weight[other]
         response = torch.tensor([5, other, 7, 8])
-        plain = build([(prompts["three images"], [Response(response, torch.zeros(4), "stop")], [0])])
+        group = Group(prompts["three images"], [Response(response, torch.zeros(4), "stop")])
+        plain = build(deal([group], 1000)[0][0][0])
         stray = replace(plain, ids=plain.ids.clone())
         place = int((plain.ids == other).nonzero()[-1])
         stray.ids[place] = pad

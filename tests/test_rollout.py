@@ -94,7 +94,7 @@ def test_greedy_takes_the_likeliest_token_of_the_whole_forward_pass(policy, prom
     groups = LocalSampler(policy).generate(prompts, params(policy, 1, temperature=0.0), seeds(prompts))
     (pack,), _ = pack_groups(groups, 1 << 20)
     with torch.no_grad():
-        logits = policy.hidden(pack, policy.model) @ policy.model.head.T  # (N, V)
+        logits = policy.run(pack, policy.model, lambda hidden, head: hidden @ head.T)  # (N, V)
     logits[:, policy.banned_ids] = float("-inf")
     assert torch.equal(logits.argmax(1), pack.target)
 

@@ -119,8 +119,9 @@ def test_a_run_leaves_every_file_with_the_documented_keys(single):
 def test_the_model_a_run_leaves_is_a_whole_folder(single):
     out, _, _ = single
     model = weights.load(out / "model")
-    trained = load_file(out / "checkpoints" / "step_2" / "model" / "model.safetensors")
-    assert trained and all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+    (shard,) = (out / "checkpoints" / "step_2" / "tensors").iterdir()
+    trained = load_file(shard)
+    assert trained and all(torch.equal(p, trained[f"model/{name}"]) for name, p in model.named_parameters())
     Processor(out / "model", schema.Prompt())
 
 

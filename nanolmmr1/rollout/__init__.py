@@ -1,11 +1,15 @@
 """What every sampler takes and gives: prompts in, groups out.
 
-A sampler has four verbs: `generate(prompts, params, seeds) -> groups`, `update(weights)`, `sleep()`, `wake()`; and
-`stats`, numbers of its own for a step's record.
+A sampler has five verbs: `generate(prompts, params, seeds, advance) -> groups`, `update(weights)`, `sleep()`, `wake()`
+and `close()`; `stats`, numbers of its own for a step's record; `dtype`, in which it wants weights, None: as they are
+stored; and `ranks`, how many neighbouring ranks are one engine: they are all given the same prompts. `advance(n)` is told
+that n more prompts are done, and 0 between two tokens; it may raise.
+
 A group is a prompt with its G responses. It stays one object from here to the gradient, so the
 prompt and its pictures need go through the model only once.
 
-Next: local.py, our own engine; vllm.py, a faster one; server.py, such engines elsewhere.
+Next: local.py, our own engine; vllm.py, a faster one; server.py, such engines elsewhere; exchange.py, groups on their
+way from the rank that sampled them to the one that learns from them.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from nanolmmr1.data import Row
 from nanolmmr1.prompt import Prompt
 
 
@@ -38,10 +43,20 @@ class Response:
 
 @dataclass
 class Group:
-    prompt: Prompt
+    """A prompt and its responses. On other ranks than the sampler's the prompt is None until it is prepared there."""
+
+    prompt: Prompt | None
     responses: list[Response]
     texts: list[str] = field(default_factory=list)
     judgements: list[dict] = field(default_factory=list)  # as the judge gave them, one a response
+    row: Row | None = None
+    prompt_tokens: int = 0
+    num_patches: int = 0
+
+    def __post_init__(self):
+        if self.prompt is not None:
+            prompt = self.prompt
+            self.row, self.prompt_tokens, self.num_patches = prompt.row, len(prompt.ids), len(prompt.patches)
 
     @property
     def rewards(self):

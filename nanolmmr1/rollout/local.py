@@ -9,31 +9,54 @@ seed alone, not on its neighbours.
 import numpy as np
 import torch
 
+from nanolmmr1 import dist
 from nanolmmr1.kernels.attention import Spans, attention
+from nanolmmr1.model import Qwen25VL
 from nanolmmr1.pack import concat_prompts
 from nanolmmr1.rollout import Group, Response, response_uniforms
+from nanolmmr1.weights import published
 
 
 class LocalSampler:
     """Samples from the very modules that are trained, so there are no weights to hand over.
+
+    Where these are sharded, from a whole copy of them on every rank, in fp32: gathering a block for each token would
+    cost more than the token, and bind all ranks to the longest response of any. Made for models that fit twice.
 
     Args:
         policy: offers `model`, `cfg`, `device` and `autocast()`.
         max_sequences: responses decoded together; bounds the KV cache.
     """
 
+    ranks, dtype = 1, None
+
     def __init__(self, policy, max_sequences=256):
         self.policy = policy
         self.max_sequences = max_sequences
         self.stats = {}
+        self.model = policy.model
+        if dist.sharded():
+            with torch.device("meta"):
+                self.model = Qwen25VL(policy.model.cfg).requires_grad_(False)
+            self.model.to_empty(device=policy.device)
+            self.update(published(policy.model))
 
+    @torch.no_grad()
     def update(self, weights):
-        pass
+        """Take over new weights: an iterable of (published name, whole tensor)."""
+        if self.model is self.policy.model:
+            return
+        own = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            own[name].copy_(tensor)
 
     def sleep(self):
         pass
 
     def wake(self):
+        pass
+
+    def close(self):
         pass
 
     @torch.no_grad()
@@ -43,13 +66,13 @@ class LocalSampler:
         Args:
             prompts: [Prompt]; params: SamplingParams.
             seeds: one tuple of non-negative ints a prompt.
-            advance: told how many prompts are done, for progress displays.
+            advance: told how many more prompts are done, for progress displays; and 0 between tokens.
         """
         groups, size = [], max(1, self.max_sequences // params.num_responses)
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             with self.policy.autocast():
-                groups += _Decoder(self.policy, prompts[part], params, seeds[part]).run()
+                groups += _Decoder(self.policy, self.model, prompts[part], params, seeds[part]).run(advance)
             advance(len(prompts[part]))
         return groups
 
@@ -61,8 +84,8 @@ class _Decoder:
     prefix (B, Hkv, P, D), shared by the group, and own (B * G, Hkv, capacity, D).
     """
 
-    def __init__(self, policy, prompts, params, seeds):
-        self.model, self.device, self.params, self.prompts = policy.model, policy.device, params, prompts
+    def __init__(self, policy, model, prompts, params, seeds):
+        self.model, self.device, self.params, self.prompts = model, policy.device, params, prompts
         self.attention = policy.cfg.pack.attention
         G = params.num_responses
         uniforms = [response_uniforms(seed, g, params.max_tokens) for seed in seeds for g in range(G)]
@@ -74,7 +97,7 @@ class _Decoder:
         self.used, self.own = 0, {}
         self.stop = torch.tensor(params.stop_ids, device=self.device)
 
-    def run(self):
+    def run(self, advance):
         B, G, limit = len(self.prompts), self.params.num_responses, self.params.max_tokens
         ids = torch.zeros(B * G, limit, dtype=torch.int64)
         logp = torch.zeros(B * G, limit)
@@ -82,6 +105,7 @@ class _Decoder:
         stopped = torch.zeros(B * G, dtype=torch.bool)
         hidden = self.prefill().repeat_interleave(G, 0)  # (B * G, H)
         for step in range(limit):
+            advance(0)
             rows = (self.alive[:, None] * G + torch.arange(G)).flatten()  # which responses are in the batch
             token, token_logp = draw(hidden, self.model.head, self.uniforms[:, step], self.params)
             ids[rows, step], logp[rows, step] = token.cpu(), token_logp.cpu().float()
@@ -118,8 +142,8 @@ class _Decoder:
             self.prefix[layer] = tuple(x[index].transpose(1, 2).contiguous() for x in (k, v))  # (B, Hkv, P, D)
             return attention(q, k, v, spans, impl=impl)
 
-        images = self.model.visual(packed.patches, packed.grid, impl) if len(packed.grid) else None
-        hidden = self.model(packed.ids, packed.positions, attend, images, packed.image_slots)  # (T, H)
+        images = packed.patches, packed.grid, packed.image_slots
+        hidden = self.model(packed.ids, packed.positions, attend, *images, impl=impl)  # (T, H)
         return hidden[(ends - 1).to(self.device)]
 
     def decode(self, token):

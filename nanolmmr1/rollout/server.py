@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
+from nanolmmr1 import dist
 from nanolmmr1.config import UserError
 from nanolmmr1.data import Row
 from nanolmmr1.pack import pack_groups
@@ -41,7 +42,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # mean difference of a 
 
 
 class ServerSampler:
-    """Several servers behind a sampler's interface.
+    """Several servers behind a sampler's interface. Every rank asks for its prompts; the main rank hands weights over.
 
     Args:
         policy: offers `model`, `device`, `dtype`, `banned_ids` and `score`.
@@ -50,6 +51,12 @@ class ServerSampler:
     Raises:
         UserError: a server does not answer, or does not sample from the policy's distribution.
     """
+
+    ranks = 1
+
+    @property
+    def dtype(self):
+        return self.policy.dtype
 
     def __init__(self, policy, cfg, processor, folder):
         self.policy, self.cfg, self.processor, self.folder = policy, cfg, processor, folder
@@ -63,7 +70,8 @@ class ServerSampler:
                             f"{policy.device}: use rollout.engine=local or vllm, or leave the servers the weights they "
                             "were started with by rollout.server_weights=fixed (with lr=0 the policy stays there too)")
         self.servers = [Server(url) for url in cfg.rollout.servers]
-        self.run, self.updates, self.transfer, self.stats = uuid.uuid4().hex, 0, None, {"retried_prompts": 0}
+        self.run, self.updates = dist.on_main(lambda: uuid.uuid4().hex), 0
+        self.transfer, self.stats = None, {"retried_prompts": 0}
         prompts = self._check_prompts()
         for server in self.servers:
             try:
@@ -71,7 +79,7 @@ class ServerSampler:
             except (Lost, Refused, UserError) as error:
                 raise self._unfit(server, error) from error
         if not self.fixed:
-            self.update(published(policy.model))
+            self.update(published(policy.model, self.dtype))
         for server in self.servers:
             for prompt in prompts:
                 self._check_logp(server, prompt)
@@ -81,6 +89,9 @@ class ServerSampler:
 
     def wake(self):
         pass
+
+    def close(self):
+        """Nothing to do: the servers live on."""
 
     def update(self, weights):
         """Hand new weights over to all servers, unless rollout.server_weights=fixed.
@@ -94,9 +105,14 @@ class ServerSampler:
         if self.fixed:
             return
         began = time.perf_counter()
-        self.transfer = self.transfer or WeightTransfer(self.policy, self.servers, self.cfg.rollout.timeout_s)
         self.updates += 1
-        self.transfer.send(weights, self._salt())
+        if dist.is_main():
+            self.transfer = self.transfer or WeightTransfer(self.policy, self.servers, self.cfg.rollout.timeout_s)
+            self.transfer.send(weights, self._salt())
+        else:
+            for _ in weights:  # gathering them takes all ranks
+                pass
+        dist.barrier()
         for server in self.servers:
             server.version = self._salt()
         self.stats["handover_s"] = time.perf_counter() - began
@@ -130,6 +146,7 @@ class ServerSampler:
                     room[server] -= 1
                     b = todo.popleft()
                     flying[pool.submit(self._group, server, prompts[b], params, seeds[b], deadline)] = server, b
+                advance(0)
                 wait(flying, min(1.0, max(0.0, deadline - time.monotonic())), FIRST_COMPLETED)
                 for future in [future for future in flying if future.done()]:
                     server, b = flying.pop(future)

@@ -20,6 +20,7 @@ import torch
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
+from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
 
 TESTED = "0.32"
@@ -42,6 +43,7 @@ class VllmSampler:
     def __init__(self, policy, cfg, folder):
         vllm = _import(cfg.rollout.untested_vllm)
         self.policy, self.cfg, self.on_gpu = policy, cfg, policy.device.type == "cuda"
+        self.ranks, self.dtype = cfg.rollout.tensor_parallel, policy.dtype
         self.asleep, self.stats, self.calls = set(), {}, 0
         parts = [*cfg.phases.values(), cfg.evaluate]
         self.max_len = cfg.rollout.max_model_len or max(p.max_prompt_tokens + p.max_response_tokens for p in parts)
@@ -56,7 +58,7 @@ class VllmSampler:
             torch.set_num_threads = set_num_threads  # on a CPU vLLM replaces it by a function that does nothing
         self.merge = self.engine.model_config.hf_config.vision_config.spatial_merge_size
         self.tensors = self.engine.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
-        self.update(published(policy.model))
+        self.update(published(policy.model, self.dtype))
 
     def _engine_args(self, folder):
         rollout, prompt, model = self.cfg.rollout, self.cfg.prompt, self.policy.model.cfg
@@ -117,11 +119,12 @@ class VllmSampler:
                 if time.monotonic() - began > timeout:
                     raise UserError(f"vLLM had {len(waiting)} responses unfinished after rollout.timeout_s={timeout:g} "
                                     "seconds: raise it, or lower max_response_tokens")
+                advance(0)
                 for output in self.engine.step():
                     b, g = waiting.pop(output.request_id)
                     done[b, g] = _response(output, prompts[b])
                     advance(int(all((b, other) in done for other in range(G))))
-        except UserError:
+        except (UserError, Preempted):
             raise
         except Exception as error:  # whatever it is, the run must end with a checkpoint and a reason
             raise UserError(f"vLLM failed while sampling: {_reason(error)}{self._held()}") from error
@@ -210,7 +213,7 @@ class VllmSampler:
     def wake(self):
         """Take the engine's memory back: weights, then cache. Weights that were dropped are streamed in anew."""
         if "weights" in self.asleep:
-            self.update(published(self.policy.model))
+            self.update(published(self.policy.model, self.dtype))
         if self.asleep:
             self.engine.wake_up(["kv_cache"])
             self.asleep = set()
@@ -225,7 +228,7 @@ class VllmSampler:
             self.stats["left_asleep_mb"] = (total - free - trainer) / 2**20  # contexts, graphs, other processes
 
     def close(self):
-        """End the engine, and the process group that it began."""
+        """End the engine, and with it the process group, whoever began it: that is what 0.32 does."""
         self.engine.engine_core.shutdown()
 
     def _reset_caches(self):

@@ -1,0 +1,173 @@
+"""Everything that must be there before the first step: progress, world, rows, policy, sampler, reference.
+
+Next: trainer.py, the step.
+"""
+
+import json
+
+import torch
+
+from nanolmmr1 import checkpoint, config, dist, metrics, shard, weights
+from nanolmmr1.config import UserError
+from nanolmmr1.data import load_rows, select_rows
+from nanolmmr1.policy import Policy
+from nanolmmr1.trainer import Progress, Trainer
+
+
+def choose_device(cfg):
+    """"cpu" or "cuda".
+
+    Raises:
+        UserError: the recipe wants a GPU, and there is none.
+    """
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU; use device=auto or cpu")
+    return device
+
+
+def find_progress(cfg, run, checkpoints):
+    """Progress and folder of the newest whole checkpoint; a fresh Progress and None where there is none.
+
+    Raises:
+        UserError: the folder holds another run, or one that is not to be resumed.
+    """
+    progress, latest = checkpoints.newest(Progress)
+    if latest and cfg.resume == "never" and not dist.restarts():
+        raise UserError(
+            f"output={run} holds a run already ({latest.name}): choose another output, or resume=auto to go on"
+        )
+    if not latest:
+        return Progress(), None
+    old = config.load(str(run / "recipe.yaml"))
+    for key, was, now in (
+        ("model", old.model, cfg.model),
+        ("seed", old.seed, cfg.seed),
+        ("phases", list(old.phases), list(cfg.phases)),
+    ):
+        if was != now:
+            raise UserError(
+                f"output={run} holds a run with {key}={was}, not {now}: choose another output, or give the same {key}"
+            )
+    return progress, latest
+
+
+def is_finished(cfg, run, progress):
+    """Whether nothing is left to do: all steps are taken, and `finish` came after them."""
+    *_, (name, last) = cfg.phases.items()
+    summary = run / "summary.json"
+    return (
+        progress.phase == name
+        and progress.phase_step >= last.steps
+        and summary.is_file()
+        and json.loads(summary.read_text(encoding="utf-8"))["steps"] == progress.step
+    )
+
+
+def build_world(cfg, run, display):
+    """Make the embedded world's model and data once, and point the recipe's `world:FILE` names at them."""
+    from nanolmmr1.desk import build  # scikit-learn, for the digits
+
+    world = run / "world"
+    if not dist.on_main(world.is_dir):
+        checkpoint.write_folder(world, lambda folder: build(folder, cfg.seed, display) if dist.is_main() else None)
+
+    def place(value):
+        if isinstance(value, list):
+            return [place(v) for v in value]
+        return str(world / value.removeprefix("world:")) if value.startswith("world:") else value
+
+    cfg.model = place(cfg.model)
+    for phase in cfg.phases.values():
+        phase.data = place(phase.data)
+    for task in cfg.evaluate.tasks.values():
+        task["data"] = place(task["data"])
+
+
+def load_data(cfg, processor, judge, display):
+    """Rows of each phase and held-out task, checked; says what was kept and what was dropped, and why."""
+    judge_checked, loaded = False, {}
+
+    def select(source, captions, max_tokens, where):
+        nonlocal judge_checked
+        key = json.dumps(source)
+        if key not in loaded:
+            loaded[key] = load_rows(source, cfg.prompt.columns)
+        if not judge_checked:
+            judge.check([row.public() for row in loaded[key]])
+            judge_checked = True
+        kept, dropped = select_rows(loaded[key], processor, captions, max_tokens, judge, where)
+        lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        display.note(f"{where}: {len(kept)} of {len(loaded[key])} rows; dropped: {lost}")
+        return kept
+
+    rows = {name: select(p.data, p.captions, p.max_prompt_tokens, f"phases.{name}") for name, p in cfg.phases.items()}
+    tasks = {}
+    for name, task in cfg.evaluate.tasks.items():
+        captions = bool(task.get("captions", False))
+        kept = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
+        tasks[name] = (kept[: cfg.evaluate.limit or None], captions)
+    return rows, tasks
+
+
+def load_model(cfg, folder, device, offload=False):
+    """The model of a folder as the recipe wants it: whole, or sharded where there is a process group.
+
+    Returns:
+        model, dtype of the computation
+    """
+    auto = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    master = getattr(torch, cfg.optim.weights)
+    if master != torch.float32 and dtype == torch.float32:
+        raise UserError("optim.weights=bfloat16 holds less than dtype=float32 computes: use dtype=bfloat16 as well")
+    if offload and device == "cpu":
+        raise UserError("dist.offload: what computes on a CPU is there already; leave dist.offload* out")
+    if dist.sharded():
+        return shard.load_sharded(folder, cfg.dist, device, dtype, master, offload), dtype
+    return weights.load(folder, master, device), dtype
+
+
+def load_policy(cfg, folder, device, processor):
+    model, dtype = load_model(cfg, folder, device, cfg.dist.offload)
+    return Policy(model, cfg, processor.banned_ids, dtype, device)
+
+
+def load_reference(cfg, run, name, policy, folder, progress):
+    """The frozen model that KL compares with, or None: the model as it was when this phase, or the run, began."""
+    phase, kept = cfg.phases[name], run / "reference" / name
+    if not phase.objective.kl_coef:
+        return None
+    if phase.reference == "start":
+        kept = folder
+    elif not progress.inside(name):
+        master = getattr(torch, cfg.optim.weights)
+        checkpoint.write_folder(kept, lambda path: weights.save(policy.model, path, folder, master))
+    elif not kept.is_dir():
+        raise UserError(f"{kept} is gone: the phase's KL reference cannot be rebuilt; start anew in another output")
+    offload = cfg.dist.offload or cfg.dist.offload_reference
+    return load_model(cfg, kept, policy.device.type, offload)[0].requires_grad_(False)
+
+
+def make_sampler(cfg, policy, folder, processor):
+    if cfg.rollout.engine == "local":
+        from nanolmmr1.rollout.local import LocalSampler
+
+        return LocalSampler(policy, cfg.rollout.max_sequences)
+    if cfg.rollout.engine == "server":
+        from nanolmmr1.rollout.server import ServerSampler
+
+        return ServerSampler(policy, cfg, processor, folder)
+    from nanolmmr1.rollout.vllm import VllmSampler
+
+    return VllmSampler(policy, cfg, folder)
+
+
+def make_trainer(cfg, run, policy, folder, processor, judge, display, progress, watch):
+    log = samples = None
+    if dist.is_main():
+        log, samples = metrics.MetricsLog(run), metrics.SampleLog(run)
+        log.truncate(progress.metric_lines)
+        samples.truncate(progress.step)
+    sampler = make_sampler(cfg, policy, folder, processor)
+    return Trainer(cfg, policy, sampler, judge, processor, log, samples, display, progress, watch)
