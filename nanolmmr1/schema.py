@@ -156,7 +156,7 @@ class Dist:
 class Plan:
     """The machine that `--plan` plans for. Nothing of it changes a run."""
 
-    gpu_gb: float = opt(0.0, "memory of a GPU, in 1e9 bytes; 0: of the one that is there, else 80")
+    gpu_gb: float = opt(0.0, "memory of a GPU, in 1e9 bytes; 0: of the one that is there, else 80 (of 85.5)")
     gpus: int = opt(0, "GPUs in all; 0: as many as torchrun starts, else 1")
     host_gpus: int = opt(0, "GPUs of a host; 0: as torchrun says, else up to 8")
 
