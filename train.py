@@ -48,7 +48,7 @@ def main(args):
 
 
 def train(cfg, device):
-    from nanolmmr1 import dist, metrics, setup, weights
+    from nanolmmr1 import dist, metrics, plan, setup, weights
     from nanolmmr1.checkpoint import Checkpoints
     from nanolmmr1.prompt import Processor
     from nanolmmr1.report import write_report
@@ -70,6 +70,7 @@ def train(cfg, device):
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
         rows, tasks = dist.together(lambda: setup.load_data(cfg, processor, judge, display))
+        planned = plan.forecast(cfg, folder, rows, processor) if dist.is_main() else None
         policy = setup.load_policy(cfg, folder, device, processor)
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
@@ -135,6 +136,8 @@ def train(cfg, device):
                 sys.exit(143)
         if tasks and dist.is_main():
             metrics.print_accuracy(progress.accuracy)
+        if dist.is_main():
+            display.note(plan.compare(planned, device))
         display.note(f"{progress.step} steps. Model: {run / 'model'}  Report: {run / 'report.html'}")
 
 

@@ -19,6 +19,7 @@ from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
 from nanolmmr1.optim import StochasticAdamW
+from nanolmmr1.plan_memory import Kind, blocks_to_recompute
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
 
@@ -49,8 +50,25 @@ class Policy:
             sum(p.numel() for p in blocks.parameters()) for blocks in (model.visual.blocks, model.model.layers)
         )
         self.patch_cost = tower / language  # of an image patch, in tokens: by the parameters that each meets
-        for block in (*model.model.layers, *model.visual.blocks):
-            block.recompute = cfg.pack.checkpoint_activations == "all"
+        self.recompute(len(model.model.layers) + len(model.visual.blocks), cfg.pack.checkpoint_activations == "all")
+
+    def recompute(self, count, flag=True):
+        """Recompute the first `count` blocks in the backward pass, the language model's before the tower's."""
+        for i, block in enumerate((*self.model.model.layers, *self.model.visual.blocks)):
+            block.recompute = flag and i < count
+
+    def fit_activations(self, pack):
+        """With pack.checkpoint_activations=budget: recompute as many blocks as this pack's size asks for.
+
+        No collective is inside of what is recomputed, so ranks need not agree.
+        """
+        if self.cfg.pack.checkpoint_activations != "budget":
+            return
+        kind = Kind(self.device.type, self.dtype.itemsize, getattr(torch, self.cfg.optim.weights).itemsize)
+        trained = any(p.requires_grad for p in self.model.visual.parameters())
+        budget = self.cfg.pack.activation_budget_gb * 1e9
+        sizes = pack.num_tokens, len(pack.patches)
+        self.recompute(blocks_to_recompute(self.model.cfg, *sizes, budget, kind, trained))
 
     def start_phase(self, phase, seed=0):
         """Set which parts learn, and begin a fresh AdamW over them; what it rounds at random, it draws from `seed`.
@@ -131,6 +149,7 @@ class Policy:
             pack: Pack; tokens: objective.Tokens of its N scored tokens.
         """
         pack = pack.to(self.device)
+        self.fit_activations(pack)
         # Known importance weights cost nothing. Unknown ones of whole responses cost a second pass through the head,
         # a fraction of what it would cost to score the responses beforehand.
         tokens, objective = fold_importance(tokens, objective)

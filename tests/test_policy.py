@@ -6,11 +6,14 @@ import pytest
 import torch
 from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import linear_loss
-from small import small_model, small_recipe, small_trainer
+from small import BANNED, small_model, small_recipe, small_trainer
 
+from nanolmmr1 import plan_memory
 from nanolmmr1.config import UserError
 from nanolmmr1.objective import Tokens, policy_loss
+from nanolmmr1.pack import pack_groups
 from nanolmmr1.policy import Policy, fused_objective, learning_rate
+from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.schema import GRPO, Objective, Optim, Phase
 
 
@@ -186,3 +189,25 @@ def test_bf16_compute_on_a_cpu_keeps_fp32_log_probs(tmp_path):
     trainer.policy.dtype = torch.bfloat16
     record = trainer.step()
     assert math.isfinite(record["actor/grad_norm"]) and record["mismatch/logp_abs"] < 0.05
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_a_budget_recomputes_as_many_blocks_as_a_pack_asks_for_and_changes_no_gradient(tmp_path, blocks):
+    trainer = small_trainer(tmp_path, images=True)
+    policy, model = trainer.policy, trainer.policy.model
+    prompts = [trainer.processor.prepare(row, False) for row in trainer.rows[:4]]
+    groups = trainer.sampler.generate(prompts, SamplingParams(2, 8, banned_ids=BANNED), [(n,) for n in range(4)])
+    (pack,), _ = pack_groups(groups, 1 << 20)
+    ones = torch.ones(pack.num_scored)
+    tokens = Tokens(ones, ones, torch.zeros_like(pack.target), torch.zeros_like(ones))
+    load = plan_memory.Load(pack.num_tokens, 0, len(pack.patches))
+    kept = sum(plan_memory.kept(model.cfg, load, plan_memory.Kind("cpu", 4, 4), blocks))
+
+    policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+    plain = [p.grad for p in policy.trained.values()]
+    policy.discard()
+    policy.cfg.pack.checkpoint_activations, policy.cfg.pack.activation_budget_gb = "budget", kept / 1e9
+    policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+    recomputed = [block.recompute for block in (*model.model.layers, *model.visual.blocks)]
+    assert recomputed == [True] * blocks + [False] * (3 - blocks)
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, policy.trained.values(), strict=True))
