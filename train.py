@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from nanolmmr1 import config
@@ -35,7 +36,7 @@ def main(args):
     if len(recipes) > 1 or any(r.startswith("-") for r in recipes):
         raise UserError(f"arguments are [RECIPE] [dotted.key=value ...] [--plan]; got {' '.join(recipes)!r}")
     cfg = config.load(*recipes, overrides=[a for a, override in zip(args, is_override, strict=True) if override])
-    from nanolmmr1 import checkpoint, dist, setup  # torch and its friends: not before the recipe is known to be good
+    from nanolmmr1 import dist, setup  # torch and its friends: not before the recipe is known to be good
 
     if planning:
         from nanolmmr1 import plan
@@ -43,7 +44,7 @@ def main(args):
         return plan.show(cfg)
     device = setup.choose_device(cfg)
     dist.start(device, cfg.dist.timeout_s)
-    with checkpoint.locked(Path(cfg.output)):
+    with setup.locked(Path(cfg.output)):
         train(cfg, device)
 
 
@@ -64,27 +65,31 @@ def train(cfg, device):
         return display.note(f"{run} is finished after {progress.step} steps; to train on, raise its last phase's steps")
     if cfg.world:
         setup.build_world(cfg, run, display)
-    folder = Path(dist.on_main(lambda: str(weights.find(cfg.model))))
-    weights.read_config(folder)  # the cheapest thing that can be wrong with a model
+    dist.together(lambda: dist.is_host_main() and weights.find(cfg.model))  # a download, once a host
+    folder = dist.together(lambda: weights.find(cfg.model))
+    dist.together(lambda: weights.read_config(folder))  # the cheapest thing that can be wrong with a model
     processor = Processor(folder, cfg.prompt)
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
-        rows, tasks = dist.together(lambda: setup.load_data(cfg, processor, judge, display))
+        rows, tasks = setup.load_data(cfg, processor, judge, display)
         planned = plan.forecast(cfg, folder, rows, processor) if dist.is_main() else None
         policy = setup.load_policy(cfg, folder, device, processor)
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
+        dist.together(lambda: [policy.learns(phase.freeze) for phase in cfg.phases.values()])
         if dist.is_main():
-            (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+            metrics.write_atomically(run / "recipe.yaml", recipe.encode())
+        judge.workers.between = watch.check
         trainer = setup.make_trainer(cfg, run, policy, folder, processor, judge, display, progress, watch)
         before = progress.wall_s
 
         def measure(moment):
             from nanolmmr1.evaluate import evaluate
 
-            progress.accuracy[moment] = evaluate(
-                tasks, trainer.sampler, processor, judge, cfg.evaluate.max_response_tokens, display, trainer.check
-            )
+            with watch.stage("evaluate", progress.step):
+                progress.accuracy[moment] = evaluate(
+                    tasks, trainer.sampler, processor, judge, cfg.evaluate.max_response_tokens, display, trainer.check
+                )
 
         def save(score=None):
             progress.wall_s = before + time.monotonic() - began
@@ -92,25 +97,29 @@ def train(cfg, device):
                 checkpoints.save(progress.step, policy, trainer.state(), score)
             trainer.saved_s += checkpoints.held_s
 
+        def look(name, phase):
+            moment = f"{name} {progress.phase_step}"
+            if tasks and is_due(cfg.evaluate.every_steps, progress, phase) and moment not in progress.accuracy:
+                measure(moment)
+
         def walk():
             if tasks and "start" not in progress.accuracy:
                 measure("start")
             for name, phase in cfg.phases.items():
                 if progress.phase_done(name, cfg.phases):
                     continue
-                reference = setup.load_reference(cfg, run, name, policy, folder, progress)
-                trainer.start_phase(name, rows[name], reference)
+                trainer.start_phase(
+                    name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress)
+                )
                 if latest and progress.phase_step:
                     checkpoints.load(latest, policy)
+                    look(name, phase)  # an evaluation that SIGTERM cut short
                 while progress.phase_step < phase.steps:
                     trainer.step()
-                    moment = f"{name} {progress.phase_step}"
-                    last = progress.phase_step == phase.steps
-                    if tasks and not last and is_due(cfg.evaluate.every_steps, progress):
-                        measure(moment)
+                    look(name, phase)
                     # Weights that have just given a NaN must not push a good checkpoint out.
-                    if not last and is_due(cfg.checkpoint.every_steps, progress) and not progress.bad_steps:
-                        save(score_of(progress, moment))
+                    if is_due(cfg.checkpoint.every_steps, progress, phase) and not progress.bad_steps:
+                        save(score_of(progress, f"{name} {progress.phase_step}"))
                 if tasks:
                     measure(name)
                 progress.finished = name
@@ -126,10 +135,9 @@ def train(cfg, device):
             except (UserError, Preempted) as stop:
                 # A rank that has come to this alone says so, and torchrun ends the others.
                 together = dist.size() == 1 or isinstance(stop, (dist.SharedError, Preempted))
-                if together:
-                    if progress.step and not progress.bad_steps:
-                        save()
-                    checkpoints.wait()
+                if together and progress.step and not progress.bad_steps:
+                    save()
+                checkpoints.wait()  # for what is being written, in any case
                 if isinstance(stop, UserError):
                     raise
                 display.note(f"stopped by SIGTERM after step {progress.step}: start the same command again to go on")
@@ -141,8 +149,9 @@ def train(cfg, device):
         display.note(f"{progress.step} steps. Model: {run / 'model'}  Report: {run / 'report.html'}")
 
 
-def is_due(every, progress):
-    return every and progress.phase_step % every == 0
+def is_due(every, progress, phase):
+    """Whether a phase has come to such a step; not at its end, where all that is due is done anyway."""
+    return every and progress.phase_step % every == 0 and 0 < progress.phase_step < phase.steps
 
 
 def score_of(progress, moment):
@@ -182,9 +191,10 @@ def run(args):
     try:
         main(args)
     except UserError as error:
-        # What all ranks have, rank 0 tells; what one of them has alone, that one.
-        if os.environ.get("RANK", "0") == "0" or not everyones(error):
-            print(f"error: {error}", file=sys.stderr)
+        # What all ranks have, rank 0 tells; what one has alone, that one; what came before they met, one a host.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or is_own(error):
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -196,19 +206,23 @@ def run(args):
     return 0
 
 
-def everyones(error):
-    """Whether all ranks have this error: they raised it together, or had not met yet."""
+def is_own(error):
+    """Whether rank 0 does not tell of this error."""
     from nanolmmr1 import dist
 
-    return isinstance(error, dist.SharedError) or not dist.sharded()
+    return not isinstance(error, dist.SharedError) and (dist.sharded() or dist.is_host_main())
 
 
 if __name__ == "__main__":
     # Idle OpenMP threads sleep. Spinning, they starve each other tenfold as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    status = run(sys.argv[1:])
-    if "RANK" in os.environ:
-        from nanolmmr1 import dist
+    if "RANK" not in os.environ:
+        sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except Exception:  # as the interpreter would, which dist.leave bypasses
+        traceback.print_exc()
+        status = 1
+    from nanolmmr1 import dist
 
-        dist.leave(status)
-    sys.exit(status)
+    dist.leave(status)

@@ -25,7 +25,7 @@ def account(progress, objective, rollout, sampled, learnt, sampler_stats, second
     """The step's record. Rewards and lengths are of everything sampled, the rest of what was learnt from.
 
     Args:
-        rollout: trainer.Rollout of the groups learnt from; sampled: all groups.
+        rollout: exchange.Rollout of the groups learnt from; sampled: all groups.
         learnt: what Trainer.learn gave, and the numbers of updates, micro-batches and split groups.
         sampler_stats: the sampler's own numbers; seconds: stage times, as StageTimer gives them.
     """

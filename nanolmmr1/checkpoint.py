@@ -14,8 +14,6 @@ run repeats the uninterrupted one bit for bit on a CPU.
 Next: manifest.py, what a checkpoint says of itself.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -32,8 +30,6 @@ from safetensors import SafetensorError
 from nanolmmr1 import dist, manifest
 from nanolmmr1.config import UserError
 from nanolmmr1.manifest import sync, temporary_name
-
-LOCK_WAIT_S = 60.0  # for the lock of a run that was killed a moment ago
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and it says so by no_dist
 
@@ -118,6 +114,7 @@ class Checkpoints:
             SharedError: it was written by another version, or the folder cannot be changed.
         """
         dist.on_main(self._sweep)
+        lost = []
         while found := dist.on_main(self._read_newest):
             name, files, state, wrong = found
             folder = self.run / "checkpoints" / name
@@ -131,6 +128,12 @@ class Checkpoints:
                 except TypeError as error:
                     raise _another_version(folder, error) from error
             dist.on_main(lambda folder=folder, wrong=wrong: self._set_aside(folder, wrong))
+            lost.append(f"{name}: {wrong}")
+        if lost:  # to begin anew here would write over what the run has left
+            raise dist.SharedError(
+                f"{self.run} has no whole checkpoint left ({'; '.join(lost)}): choose another output to begin anew, or "
+                "delete this one"
+            )
         return None, None
 
     def load(self, folder, policy, optimizer=True):
@@ -220,6 +223,9 @@ class Checkpoints:
         if saved["format"] != manifest.FORMAT:
             raise _another_version(folder, f"its format is {saved['format']}, not {manifest.FORMAT}")
         wrong = manifest.damage(folder, [("state.json", saved["files"].pop("state.json"))])
+        # What reads the tensors reads every file there is.
+        strange = {f"tensors/{path.name}" for path in (folder / "tensors").glob("*")} - saved["files"].keys()
+        wrong = wrong or (f"{min(strange)} was not written with it" if strange else "")
         state = {} if wrong else json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return folder.name, saved["files"], state, wrong
 
@@ -230,7 +236,7 @@ class Checkpoints:
             os.replace(folder, aside)
         except OSError as error:
             raise UserError(f"checkpoint {folder} is damaged: {wrong}; and cannot be renamed: {error}") from error
-        self.note(f"checkpoint {folder} is damaged: {wrong}. It is kept as {aside.name}; the one before it is used")
+        self.note(f"checkpoint {folder} is damaged: {wrong}. It is kept as {aside.name}; the one before is looked at")
 
 
 def listed(run):
@@ -289,10 +295,13 @@ def write_folder(folder, write):
 
     def publish():
         if dist.is_main():
+            old = folder.with_name(f"{folder.name}.old.tmp")
+            shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, old)  # there is a moment without it, but never a part of it
             os.replace(temporary, folder)
             sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
 
     for work in (clear, lambda: write(temporary), flush, publish):
 
@@ -308,39 +317,3 @@ def write_folder(folder, write):
             if dist.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise _disk_error(folder, wrong[0])
-
-
-@contextlib.contextmanager
-def locked(run):
-    """Hold the run folder, so that two runs never write one: the main rank does it for all.
-
-    Ranks that torchrun started anew wait for what is left of their forerunners.
-
-    Raises:
-        UserError: another run holds it, or it cannot be written.
-    """
-    with contextlib.ExitStack() as held:
-        dist.on_main(lambda: held.enter_context(_lock(run)))
-        yield
-
-
-@contextlib.contextmanager
-def _lock(run):
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"output={run} cannot be written: {error}") from error
-    deadline = time.monotonic() + (LOCK_WAIT_S if dist.restarts() else 0)
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(
-                        f"output={run}: another process is writing this run; wait for it or choose another output"
-                    ) from None
-                time.sleep(0.1)
-        yield

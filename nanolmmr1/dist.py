@@ -9,12 +9,15 @@ Next: shard.py, how a model lies on the ranks.
 
 import json
 import os
+import socket
 import sys
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as td
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanolmmr1.config import UserError
 
@@ -33,10 +36,41 @@ def start(device, timeout_s):
         return
     # gloo beside NCCL: for messages, and for what is offloaded to the CPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    alone = {} if launched() else dict(store=td.HashStore(), rank=0, world_size=1)
+    store, own, count = td.HashStore(), 0, 1
+    if launched():
+        store, own, count = next(td.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store = td.PrefixStore(_new_name(store, own, count, timeout_s), store)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local}, but this process sees {torch.cuda.device_count()} GPUs: lower --nproc_per_node, "
+                "or let every process see all of them"
+            )
+        torch.cuda.set_device(local)
+    td.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timedelta(seconds=timeout_s))
+
+
+def _new_name(store, rank, count, timeout_s):
+    """A name that these ranks agree on and none before them had, 32 hex digits.
+
+    torchrun keeps one store over its restarts. In it lie the addresses of the ranks it has ended, and who reads one of
+    these too early waits for a process that is gone. How often it has restarted them is no name: hosts count apart.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"new/{rank}", own)
+        name = store.get(f"name/{own}").decode()  # waits for rank 0's answer to this very process
+        store.set(f"{name}/knows/{rank}", "")
+        return name
+    others, deadline = range(1, count), time.monotonic() + timeout_s
+    while others := [r for r in others if not store.check([f"{own}/knows/{r}"])]:
+        for asking in [f"new/{r}" for r in others if store.check([f"new/{r}"])]:
+            store.set(f"name/{store.get(asking).decode()}", own)  # perhaps of an old one, which nobody reads
+        if time.monotonic() > deadline:
+            raise UserError(f"ranks {others} were not there within dist.timeout_s={timeout_s:g} s: see their output")
+        time.sleep(0.02)
+    return own
 
 
 def stop():
@@ -82,23 +116,40 @@ def is_main():
     return rank() == 0
 
 
-def restarts():
-    """How often torchrun has started these ranks anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def attempt():
+    """A name for what started these ranks, the same when torchrun starts them anew, on this host or another.
+
+    Its count of restarts would not do: hosts disagree on it, since only an agent's own failures count.
+    """
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return given if given != "none" else f"{socket.gethostname()}:{os.getppid()}" if launched() else ""
 
 
-def mesh(device, over):
+def is_host_main():
+    """Whether this rank does what is done once a host."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def mesh(device, over, timeout_s):
     """The DeviceMesh of FSDP: one axis, or for over="host" two: replicated over hosts, sharded inside each.
 
+    Args:
+        timeout_s: of the axes' own groups, which would not have it from `start`.
+
     Raises:
-        UserError: the hosts run different numbers of ranks.
+        SharedError: the hosts run different numbers of ranks.
     """
     if over == "all":
         return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if len(set(gather(str(local).encode()))) > 1:
-        raise UserError(f"dist.shard=host: not all hosts run {local} ranks, as this one does; use dist.shard=all")
-    return init_device_mesh(device, (size() // local, local), mesh_dim_names=("replicate", "shard"))
+        raise SharedError("dist.shard=host: the hosts run different numbers of ranks; use dist.shard=all")
+    ranks, timeout = torch.arange(size()).view(-1, local), timedelta(seconds=timeout_s)
+    groups = []
+    for axis in (ranks.T, ranks):  # all ranks make all groups, in one order, and keep their own
+        made = [(own, td.new_group(own, timeout=timeout)) for own in axis.tolist()]
+        groups.append(next(group for own, group in made if rank() in own))
+    return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def share(count, parts=None, part=None):

@@ -1,4 +1,4 @@
-"""Groups on their way between ranks: sampled on one, learnt from on another.
+"""Groups on their way between ranks: sampled on one, learnt from on another, and on all of them one set of vectors.
 
 Only what sampling made travels: token ids, log-probs, texts and judgements, a few bytes a token. Prompts and pictures
 are a function of the row, so the rank that learns from a group prepares them again. Afterwards every rank knows all
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from nanolmmr1 import dist
+from nanolmmr1.objective import Tokens
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.watch import Preempted
 
@@ -37,6 +38,35 @@ def gather_groups(groups, indices, rows, trouble=None, speaks=True):
     dist.share_errors([error for _, _, error in told])
     mine = dist.rank() if speaks else None  # these have their prompts
     return [group for r, (theirs, _, _) in enumerate(told) for group in (groups if r == mine else theirs)]
+
+
+class Rollout:
+    """What was sampled in a step, as flat vectors over its M scored tokens, response after response."""
+
+    def __init__(self, groups):
+        responses = [r for group in groups for r in group.responses]
+        self.groups = groups
+        self.lengths = torch.tensor([len(r.ids) for r in responses])  # (R,)
+        self.group = torch.repeat_interleave(torch.tensor([len(g.responses) for g in groups]))  # (R,)
+        self.response = torch.repeat_interleave(self.lengths)  # (M,)
+        self.sampler_logp = torch.cat([r.logp for r in responses])  # (M,)
+        self.rewards = torch.tensor([reward for group in groups for reward in group.rewards])  # (R,)
+        self.weight = torch.zeros(len(responses))  # (R,), of each of the response's tokens
+        self.old_logp = self.ref_logp = self.advantage = None  # (M,)
+        self.first_logp = torch.zeros_like(self.sampler_logp)  # (M,), of the policy before its first update
+
+    def tokens(self, pack, device):
+        """The objective's view of a pack."""
+        at, response = pack.where, self.response[pack.where]
+        local = torch.unique_consecutive(response, return_inverse=True)[1]
+        vectors = [
+            self.advantage[at],
+            self.weight[response],
+            local,
+            self.sampler_logp[at],
+            *(None if v is None else v[at] for v in (self.old_logp, self.ref_logp)),
+        ]
+        return Tokens(*(None if v is None else v.to(device) for v in vectors))
 
 
 def _pack(groups, indices, trouble):

@@ -20,12 +20,13 @@ import sys
 import threading
 import traceback
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from nanolmmr1.config import UserError
 
 START_S = 120.0  # to import sympy and the user's files, perhaps from a cold network disk
+PAUSE_S = 0.5  # between two looks at whether to go on waiting
 GRACE_S = 2.0  # past the deadline, after which a process whose parent is gone ends itself
 MEMORY = 2 << 30  # bytes that a built-in judgement may map on top of what the process holds
 
@@ -36,6 +37,7 @@ class Workers:
     def __init__(self, count, timeout_s, functions):
         self.count, self.timeout_s, self.functions = count, timeout_s, functions
         self.idle = []
+        self.between = lambda: None  # called while judgements are waited for; may raise, which ends the waiting
 
     def close(self):
         """Kills those that are not at work."""
@@ -45,7 +47,16 @@ class Workers:
     def map(self, function, requests):
         """[function(request)], so many at a time as there may be workers. A failure cancels what has not begun."""
         with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(function, requests))
+            futures = [pool.submit(function, request) for request in requests]
+            try:
+                while (waiting := wait(futures, PAUSE_S, FIRST_EXCEPTION)).not_done:
+                    for future in waiting.done:
+                        future.result()  # the first failure is all that will be told
+                    self.between()
+                return [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
 
     def ask(self, request):
         """The reply; {} if the worker was killed on the deadline; {"status": exit status} if two died of themselves."""

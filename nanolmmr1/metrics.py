@@ -331,6 +331,8 @@ def _append(path, record):
     line = json.dumps(record, allow_nan=False)  # ASCII: any text of data or model can be written, a lone surrogate too
     with open(path, "ab") as file:
         file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())  # checkpoints count lines
 
 
 def _complete_lines(path):

@@ -226,13 +226,13 @@ class VisionTower(nn.Module):
         """Image embeddings (P / 4, H).
 
         Args:
-            patches: (P, patch_dim); grid: (num_images, 3) t, h, w in patches.
+            patches: (P, patch_dim); grid: (num_images, 3) t, h, w in patches, a tensor or lists.
             impl: of `attention`.
         """
         cfg, unit = self.cfg, self.cfg.spatial_merge_size**2
         window = cfg.window_size // cfg.spatial_merge_size // cfg.patch_size
         orders, places, windows, frames, start = [], [], [], [], 0
-        for t, h, w in grid.tolist():
+        for t, h, w in torch.as_tensor(grid).tolist():
             order, sizes, at = _layout(t, h, w, window, cfg.spatial_merge_size)
             orders.append(order + start)
             places.append(at)

@@ -28,6 +28,7 @@ from nanolmmr1.data import image_size
 from nanolmmr1.plan_stages import GB, Longest, Plan, machine
 from nanolmmr1.prompt import Processor
 from nanolmmr1.reward import Judge
+from nanolmmr1.schema import Plan as PlannedFor
 
 HEADINGS = {  # part of a stage -> heading
     "weights": "weights", "gradients": "grads", "optimiser": "optim.", "reference": "ref.", "gathered": "gathered",
@@ -76,6 +77,8 @@ def forecast(cfg, folder, rows, processor):
     Args:
         folder: the model's. rows: phase -> its rows. processor: prompt.Processor.
     """
+    cfg = copy.copy(cfg)
+    cfg.plan = PlannedFor()  # this machine, whatever another was planned for
     where, model = machine(cfg), weights.read_config(folder)
     longest = {name: row_lengths(cfg, phase, rows[name], processor) for name, phase in cfg.phases.items()}
     floor = resident() if where.device == "cpu" else 0

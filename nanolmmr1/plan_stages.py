@@ -59,7 +59,7 @@ def machine(cfg):
     device = cfg.device if cfg.device != "auto" else "cuda" if here or wanted else "cpu"
     ranks = cfg.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
     host = cfg.plan.host_gpus or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(ranks, 8)
-    if ranks % host:
+    if cfg.dist.shard == "host" and ranks % host:
         raise UserError(f"plan.gpus={ranks} is no multiple of plan.host_gpus={host}: give the GPUs of a host")
     sharded = device == "cuda" or ranks > 1
     shards = (host if cfg.dist.shard == "host" else ranks) if sharded else 1

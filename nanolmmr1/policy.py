@@ -27,6 +27,8 @@ PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", 
 class Policy:
     """A Qwen25VL with its optimiser and, where KL asks for it, its reference.
 
+    With bf16 master weights the gradients of micro-batches are added in bf16, as FSDP keeps them in the weights' dtype.
+
     Args:
         model: Qwen25VL with master weights, plain or sharded.
         cfg: the recipe; banned_ids: token ids that no response may hold.
@@ -70,26 +72,33 @@ class Policy:
         sizes = pack.num_tokens, len(pack.patches)
         self.recompute(blocks_to_recompute(self.model.cfg, *sizes, budget, kind, trained))
 
+    def learns(self, freeze):
+        """Names of the tensors that are trained where `freeze` is not.
+
+        Raises:
+            UserError: a name in it that fits no tensor, or nothing left to train.
+        """
+        names = [name for name, _ in self.model.named_parameters()]
+        prefixes = [PARTS.get(part, part) for part in freeze]
+        for part, prefix in zip(freeze, prefixes, strict=True):
+            if not any(name.startswith(prefix) for name in names):
+                raise UserError(
+                    f"freeze names {part!r}, which fits no tensor: use {', '.join(PARTS)} or the start of a tensor name"
+                )
+        left = {name for name in names if not name.startswith(tuple(prefixes))}
+        if not left:
+            raise UserError(f"freeze={freeze} leaves nothing to train")
+        return left
+
     def start_phase(self, phase, seed=0):
         """Set which parts learn, and begin a fresh AdamW over them; what it rounds at random, it draws from `seed`.
 
         Raises:
             UserError: a name in `freeze` that fits no tensor, or nothing left to train.
         """
-        self.model.requires_grad_(True)
-        named = dict(self.model.named_parameters())
-        for part in phase.freeze:
-            prefix = PARTS.get(part, part)
-            frozen = [p for name, p in named.items() if name.startswith(prefix)]
-            if not frozen:
-                raise UserError(
-                    f"freeze names {part!r}, which fits no tensor: use {', '.join(PARTS)} or the start of a tensor name"
-                )
-            for p in frozen:
-                p.requires_grad_(False)
-        self.trained = {name: p for name, p in named.items() if p.requires_grad}
-        if not self.trained:
-            raise UserError(f"freeze={phase.freeze} leaves nothing to train")
+        names = self.learns(phase.freeze)
+        self.model.requires_grad_(False)
+        self.trained = {name: p.requires_grad_() for name, p in self.model.named_parameters() if name in names}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
         vectors = [p for p in self.trained.values() if p.ndim <= 1]
         optim = self.cfg.optim
@@ -116,7 +125,8 @@ class Policy:
         def then(hidden, weight):
             return head(hidden.index_select(0, pack.rows).to(self.dtype), weight)
 
-        images = pack.patches, pack.grid, pack.image_slots
+        # The grid as lists: FSDP would send a tensor to the GPU, from where the host had to fetch it.
+        images = pack.patches, pack.grid.tolist(), pack.image_slots
         with self.autocast():
             return model(pack.ids, pack.positions, attend, *images, impl=self.cfg.pack.attention, then=then)
 
@@ -170,7 +180,8 @@ class Policy:
             )
 
         loss, logp, entropy = self.run(pack, self.model, head)
-        loss.backward()
+        if loss.requires_grad:  # not where all that it met is frozen, as by a tower that learns alone and had no image
+            loss.backward()
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
     def apply(self, lr, loss):

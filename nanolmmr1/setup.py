@@ -1,9 +1,14 @@
-"""Everything that must be there before the first step: progress, world, rows, policy, sampler, reference.
+"""Everything that must be there before the first step: lock, progress, world, rows, policy, sampler, reference.
 
 Next: trainer.py, the step.
 """
 
+import contextlib
+import fcntl
+import gc
+import hashlib
 import json
+import time
 
 import torch
 
@@ -12,6 +17,8 @@ from nanolmmr1.config import UserError
 from nanolmmr1.data import load_rows, select_rows
 from nanolmmr1.policy import Policy
 from nanolmmr1.trainer import Progress, Trainer
+
+LOCK_WAIT_S = 60.0  # for the lock of a run that was killed a moment ago
 
 
 def choose_device(cfg):
@@ -26,6 +33,44 @@ def choose_device(cfg):
     return device
 
 
+@contextlib.contextmanager
+def locked(run):
+    """Hold the run folder, so that two runs never write one: the main rank does it for all.
+
+    Ranks that torchrun may have started anew wait for what is left of their forerunners.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        dist.on_main(lambda: held.enter_context(_lock(run)))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(run):
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"output={run} cannot be written: {error}") from error
+    deadline = time.monotonic() + (LOCK_WAIT_S if dist.launched() else 0)
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"output={run}: another process is writing this run; wait for it or choose another output"
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                raise UserError(f"output={run}: its disk knows no locks ({error}); choose another output") from error
+        yield
+
+
 def find_progress(cfg, run, checkpoints):
     """Progress and folder of the newest whole checkpoint; a fresh Progress and None where there is none.
 
@@ -33,11 +78,14 @@ def find_progress(cfg, run, checkpoints):
         UserError: the folder holds another run, or one that is not to be resumed.
     """
     progress, latest = checkpoints.newest(Progress)
-    if latest and cfg.resume == "never" and not dist.restarts():
-        raise UserError(
+    mark = run / ".attempt"  # what began this run; torchrun's ranks, started anew, may go on even with resume=never
+    ours = dist.on_main(lambda: mark.is_file() and bool(dist.attempt()) and mark.read_text() == dist.attempt())
+    if latest and cfg.resume == "never" and not ours:
+        raise dist.SharedError(
             f"output={run} holds a run already ({latest.name}): choose another output, or resume=auto to go on"
         )
     if not latest:
+        dist.on_main(lambda: mark.write_text(dist.attempt()) and None)
         return Progress(), None
     old = config.load(str(run / "recipe.yaml"))
     for key, was, now in (
@@ -46,7 +94,7 @@ def find_progress(cfg, run, checkpoints):
         ("phases", list(old.phases), list(cfg.phases)),
     ):
         if was != now:
-            raise UserError(
+            raise dist.SharedError(
                 f"output={run} holds a run with {key}={was}, not {now}: choose another output, or give the same {key}"
             )
     return progress, latest
@@ -92,14 +140,26 @@ def load_data(cfg, processor, judge, display):
         nonlocal judge_checked
         key = json.dumps(source)
         if key not in loaded:
-            loaded[key] = load_rows(source, cfg.prompt.columns)
-        if not judge_checked:
-            judge.check([row.public() for row in loaded[key]])
-            judge_checked = True
-        kept, dropped = select_rows(loaded[key], processor, captions, max_tokens, judge, where)
+            loaded[key] = dist.together(lambda: load_rows(source, cfg.prompt.columns))
+            text = "\n".join(f"{row.problem}\t{row.answer}\t{row.caption}" for row in loaded[key])
+            if len(set(dist.gather(hashlib.sha256(text.encode()).digest()))) > 1:
+                raise dist.SharedError(f"{source}: the ranks read different rows; give all hosts the same files")
+        rows = loaded[key]
+
+        def choose():
+            # By one rank for all: a judge has a deadline, so two might not choose alike.
+            nonlocal judge_checked
+            if not judge_checked:
+                judge.check([row.public() for row in rows])
+                judge_checked = True
+            kept, dropped = select_rows(rows, processor, captions, max_tokens, judge, where)
+            number = {id(row): i for i, row in enumerate(rows)}
+            return [number[id(row)] for row in kept], dropped
+
+        kept, dropped = dist.on_main(choose)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-        display.note(f"{where}: {len(kept)} of {len(loaded[key])} rows; dropped: {lost}")
-        return kept
+        display.note(f"{where}: {len(kept)} of {len(rows)} rows; dropped: {lost}")
+        return [rows[i] for i in kept]
 
     rows = {name: select(p.data, p.captions, p.max_prompt_tokens, f"phases.{name}") for name, p in cfg.phases.items()}
     tasks = {}
@@ -135,6 +195,8 @@ def load_policy(cfg, folder, device, processor):
 
 def load_reference(cfg, run, name, policy, folder, progress):
     """The frozen model that KL compares with, or None: the model as it was when this phase, or the run, began."""
+    policy.reference = None
+    gc.collect()  # the last phase's goes before this one's comes; a sharded model is a cycle
     phase, kept = cfg.phases[name], run / "reference" / name
     if not phase.objective.kl_coef:
         return None
@@ -143,8 +205,8 @@ def load_reference(cfg, run, name, policy, folder, progress):
     elif not progress.inside(name):
         master = getattr(torch, cfg.optim.weights)
         checkpoint.write_folder(kept, lambda path: weights.save(policy.model, path, folder, master))
-    elif not kept.is_dir():
-        raise UserError(f"{kept} is gone: the phase's KL reference cannot be rebuilt; start anew in another output")
+    elif not dist.on_main(kept.is_dir):
+        raise dist.SharedError(f"{kept} is gone: the phase's KL reference cannot be rebuilt; choose another output")
     offload = cfg.dist.offload or cfg.dist.offload_reference
     return load_model(cfg, kept, policy.device.type, offload)[0].requires_grad_(False)
 

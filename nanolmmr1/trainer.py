@@ -18,9 +18,9 @@ from nanolmmr1 import dist
 from nanolmmr1.account import account
 from nanolmmr1.config import UserError
 from nanolmmr1.data import PromptSampler, open_image
-from nanolmmr1.exchange import gather_groups
+from nanolmmr1.exchange import Rollout, gather_groups
 from nanolmmr1.metrics import StageTimer
-from nanolmmr1.objective import Tokens, overlong_penalty, token_advantages, token_weights
+from nanolmmr1.objective import overlong_penalty, token_advantages, token_weights
 from nanolmmr1.pack import build, deal, has_images
 from nanolmmr1.policy import learning_rate
 from nanolmmr1.rollout import SamplingParams
@@ -53,35 +53,6 @@ class Progress:
         if self.phase not in order or order.index(name) != order.index(self.phase):
             return self.phase in order and order.index(name) < order.index(self.phase)
         return self.phase_step >= phases[name].steps and self.finished == name
-
-
-class Rollout:
-    """What was sampled in a step, as flat vectors over its M scored tokens, response after response."""
-
-    def __init__(self, groups):
-        responses = [r for group in groups for r in group.responses]
-        self.groups = groups
-        self.lengths = torch.tensor([len(r.ids) for r in responses])  # (R,)
-        self.group = torch.repeat_interleave(torch.tensor([len(g.responses) for g in groups]))  # (R,)
-        self.response = torch.repeat_interleave(self.lengths)  # (M,)
-        self.sampler_logp = torch.cat([r.logp for r in responses])  # (M,)
-        self.rewards = torch.tensor([reward for group in groups for reward in group.rewards])  # (R,)
-        self.weight = torch.zeros(len(responses))  # (R,), of each of the response's tokens
-        self.old_logp = self.ref_logp = self.advantage = None  # (M,)
-        self.first_logp = torch.zeros_like(self.sampler_logp)  # (M,), of the policy before its first update
-
-    def tokens(self, pack, device):
-        """The objective's view of a pack."""
-        at, response = pack.where, self.response[pack.where]
-        local = torch.unique_consecutive(response, return_inverse=True)[1]
-        vectors = [
-            self.advantage[at],
-            self.weight[response],
-            local,
-            self.sampler_logp[at],
-            *(None if v is None else v[at] for v in (self.old_logp, self.ref_logp)),
-        ]
-        return Tokens(*(None if v is None else v.to(device) for v in vectors))
 
 
 class Trainer:
@@ -148,11 +119,13 @@ class Trainer:
             # 5. learn: one denominator per update, so that no cut into packs changes the gradient.
             with timer.stage("update_actor"):
                 learnt = self.learn(updates, rollout)
+            self.progress.step += 1
+            self.progress.phase_step += 1
+            self.progress.cursor = cursor
+            with timer.stage("update_weights"):
+                failed = self.hand_over()  # not raised before the step, which is taken, has been told of
 
         # 6. account: one record, one line on disk.
-        self.progress.step += 1
-        self.progress.phase_step += 1
-        self.progress.cursor = cursor
         learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
         seconds, self.saved_s = timer.seconds() | {"timing_s/save_checkpoint": self.saved_s}, 0.0
         record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
@@ -161,8 +134,10 @@ class Trainer:
             self.metrics.write(record)
             self.keep_sample(rollout)
         self.display.step(record)
+        if failed:
+            raise failed
         if self.progress.bad_steps >= self.cfg.optim.max_bad_steps:
-            raise UserError(
+            raise dist.SharedError(
                 f"{self.progress.bad_steps} steps in a row had a non-finite loss or gradient and were skipped: "
                 f"lower lr (now {phase.lr}) or raise objective.kl_coef, and resume from the last checkpoint"
             )
@@ -221,13 +196,15 @@ class Trainer:
         with timer.stage("exchange"):
             return gather_groups(groups, indices, self.rows, trouble, speaks=dist.rank() % engine == 0)
 
-    def check(self, _done=0):
-        """Between two tokens: is this rank to stop?"""
-        if self.watch:
+    def check(self, done):
+        """Between two tokens, when no prompt is `done`: is this rank to stop?"""
+        if self.watch and not done:
             self.watch.check()
 
     def halt(self):
         """Between two packs, on all ranks at once: is any of them to stop?"""
+        if self.watch:
+            self.watch.pack()
         if dist.any_of(self.watch is not None and self.watch.stopping):
             self.policy.discard()
             raise Preempted
@@ -285,7 +262,7 @@ class Trainer:
             rollout.weight[own] = token_weights(
                 rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
             )
-            told = {}
+            told = 0.0
             for pack in packs:
                 if not norms:  # later, some of the step's updates are made: it must be finished
                     self.halt()
@@ -295,10 +272,8 @@ class Trainer:
                 logp = stats.pop("logp")
                 if rollout.old_logp is None:
                     rollout.first_logp[pack.where] = logp.cpu()
-                for key, value in stats.items():
-                    told[key] = told.get(key, 0.0) + float(value)
-            summed = dist.total(torch.tensor([*told.values()], dtype=torch.float64)).tolist()
-            told = dict(zip(told, summed, strict=True))
+                told = told + torch.stack([*stats.values()]).double()  # where they are: nothing waits for the device
+            told = dict(zip(stats, dist.total(told.cpu()).tolist(), strict=True))
             norm, updated = self.policy.apply(lr, told["loss"])
             norms.append(norm)
             sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
@@ -306,8 +281,25 @@ class Trainer:
             self.progress.skipped_steps += not updated
         if rollout.old_logp is None:
             dist.total(rollout.first_logp)
-        self.sampler.update(published(self.policy.model, self.sampler.dtype))
         return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
+
+    def hand_over(self):
+        """Give the sampler the new weights. Returns what went wrong, on all ranks, or None."""
+        names = self.policy.trained if self.sampler.remembers else None
+        weights, error = published(self.policy.model, self.sampler.dtype, names), ""
+        try:
+            self.sampler.update(weights)
+        except UserError as caught:
+            if dist.size() == 1:
+                return caught
+            error = str(caught)
+            for _ in weights:  # the other ranks are gathering them
+                pass
+        try:
+            dist.share_errors([text.decode() for text in dist.gather(error.encode())])
+        except dist.SharedError as shared:
+            return shared
+        return None
 
     def keep_sample(self, rollout):
         """Keep the step's first group, at about ten steps a phase, the first and last among them."""

@@ -105,6 +105,10 @@ class Watch:
             self.stages.pop()
             self._move()
 
+    def pack(self):
+        """One of the many equal parts of a stage is done, on all ranks alike: no standstill, and finer blame."""
+        self._move()
+
     def _move(self, step=None):
         self.step = self.step if step is None else step
         self.since = self.busy = time.monotonic()
@@ -152,7 +156,7 @@ class Watch:
 
     def _sign(self):
         frame = sys._current_frames().get(self.main)
-        while frame and not frame.f_code.co_filename.startswith(HOME):
+        while frame and not is_ours(frame.f_code.co_filename):
             frame = frame.f_back
         place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "?"
         return Sign(self.who, self.moves, self._innermost(), self.step, time.monotonic() - self.since, place,
@@ -200,6 +204,11 @@ class Watch:
         with open(self.run / f"hang_rank_{self.rank}.txt", "a", encoding="utf-8") as file:
             print(time.strftime("%F %T"), where, file=file, flush=True)
             faulthandler.dump_traceback(file)
+
+
+def is_ours(file):
+    """Whether a source file is this project's; an environment may lie in its folder too."""
+    return file.startswith(HOME) and "site-packages" not in file
 
 
 def blame(signs, me, store):

@@ -206,7 +206,7 @@ def _shards(folder):
     return paths
 
 
-def published(model, dtype=None):
+def published(model, dtype=None, names=None):
     """(published name, whole tensor) of all weights, one after another, for whoever takes the model over.
 
     Sharded weights are gathered when their turn comes, consecutive ones by one collective of at most BUCKET_BYTES, so
@@ -214,10 +214,12 @@ def published(model, dtype=None):
     A head tied to the embedding is the embedding, and comes once, under that name.
 
     Args:
-        dtype: cast to, before gathering; None: as stored.
+        dtype: cast to, before gathering; None: as stored. names: of the only ones wanted; None: all.
     """
     bucket, held, size = [], None, 0  # what waits to be gathered, of which kind, bytes
     for name, p in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         p, kind = p.detach(), _kind(p)
         nbytes = p.numel() * (dtype or p.dtype).itemsize
         if bucket and (kind != held or size + nbytes > BUCKET_BYTES):

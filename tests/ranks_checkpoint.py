@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanolmmr1 import checkpoint, dist, manifest, shard
+from nanolmmr1 import checkpoint, dist, manifest, setup, shard
 from nanolmmr1 import policy as policy_of_trainer
 from nanolmmr1.schema import Checkpoint
 
@@ -44,7 +44,7 @@ class Policy:
     def __init__(self, over=None, shapes=SHAPES):
         self.model = nn.ModuleDict({"block": Awkward(shapes)})
         if dist.sharded():
-            fully_shard(self.model["block"], mesh=dist.mesh("cpu", over or "all"))
+            fully_shard(self.model["block"], mesh=dist.mesh("cpu", over or "all", 60))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, foreach=False)
 
     def step(self, number):
@@ -164,7 +164,7 @@ def die(run, victim, moment):
 def folders(run):
     """write_folder and the lock, on all ranks."""
     said = []
-    with checkpoint.locked(run):
+    with setup.locked(run):
         checkpoint.write_folder(run / "made", lambda path: (path / f"of_{dist.rank()}").write_text("good"))
 
         def fail(path):
@@ -181,7 +181,7 @@ def folders(run):
         dist.barrier()
         (run / "file").write_text("")
         try:
-            with checkpoint.locked(run / "file"):
+            with setup.locked(run / "file"):
                 pass
         except dist.SharedError as error:
             said.append(str(error))
@@ -192,7 +192,7 @@ def trained(run):
     """A checkpoint of the trainer's own policy, its model sharded as FSDP does it."""
     model = small_model()
     if dist.sharded():
-        shard.shard(model, dist.mesh("cpu", "all"), torch.float32)
+        shard.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
     cfg = small_recipe()
     policy, own = policy_of_trainer.Policy(model, cfg, device="cpu"), checkpoints(run)
     policy.start_phase(cfg.phases["train"])

@@ -25,7 +25,7 @@ def hand_over(over, bucket_bytes):
     model["free"] = plain["free"] = torch.nn.Linear(2, 2)  # not FSDP's, amid those that are
     model["last"], plain["last"] = Awkward({"end": (5, 2)}), Awkward({"end": (5, 2)})
     for part in ("block", "last"):
-        fully_shard(model[part], mesh=dist.mesh("cpu", over))
+        fully_shard(model[part], mesh=dist.mesh("cpu", over, 60))
     buckets, gather = [], weights._gather
 
     def recording(bucket, *args):

@@ -99,7 +99,7 @@ def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None
     model = small_model(seed)
     if dist.sharded():
         for own in filter(None, (model, reference)):
-            shard.shard(own, dist.mesh("cpu", over), torch.float32)
+            shard.shard(own, dist.mesh("cpu", over, 60), torch.float32)
     policy = Policy(model, cfg, BANNED)
     display = Display({"train": cfg.phases["train"].steps}, quiet=True)
     if notes is not None:

@@ -15,7 +15,7 @@ import torch
 from ranks import on_disk_of
 from small import small_model, small_recipe
 
-from nanolmmr1 import checkpoint, manifest
+from nanolmmr1 import checkpoint, manifest, setup
 from nanolmmr1.config import UserError
 from nanolmmr1.policy import Policy
 from nanolmmr1.schema import Checkpoint
@@ -184,6 +184,8 @@ DAMAGE = {  # what happens to a checkpoint, and words of the complaint
     "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "manifest altered": (lambda f: flip(f / "manifest.json", (f / "manifest.json").read_bytes().index(b"float32")),
                          "manifest.json does not hold what was written"),
+    "another's shard": (lambda f: shutil.copy(shard(f.with_name("step_1")), f / "tensors" / "a.safetensors"),
+                        "tensors/a.safetensors was not written with it"),
     "empty": (lambda f: [shutil.rmtree(f), f.mkdir()], "manifest.json is missing"),
 }
 
@@ -215,7 +217,8 @@ def test_all_damaged_ones_are_passed_over_and_kept(tmp_path, policy):
         own.save(step, policy, {"step": step})
         shard(tmp_path / "checkpoints" / f"step_{step}").unlink()
     (tmp_path / "checkpoints" / "step_3.damaged").mkdir()
-    assert own.newest(Progress) == (None, None)
+    with pytest.raises(UserError, match="no whole checkpoint left .*step_3: .*choose another output"):
+        own.newest(Progress)  # to begin anew here would write over what the run has left
     assert ["step_3" in own.told[0], "step_2" in own.told[1], "step_1" in own.told[2]] == [True] * 3
     assert names(tmp_path / "checkpoints") == ["step_1.damaged", "step_2.damaged", "step_3.damaged", "step_3.damaged2"]
 
@@ -357,8 +360,8 @@ HOLD = """
 import sys
 import threading
 from pathlib import Path
-from nanolmmr1 import checkpoint
-with checkpoint.locked(Path(sys.argv[1])):
+from nanolmmr1 import setup
+with setup.locked(Path(sys.argv[1])):
     print("held", flush=True)
     input()
 """
@@ -375,20 +378,21 @@ def holder(tmp_path):
 
 
 def test_a_run_folder_belongs_to_one_process(tmp_path, holder):
-    with pytest.raises(UserError, match="another process is writing"), checkpoint.locked(tmp_path / "run"):
+    with pytest.raises(UserError, match="another process is writing"), setup.locked(tmp_path / "run"):
         pass
     holder.kill()  # a killed holder leaves no lock behind
     holder.wait()
-    with checkpoint.locked(tmp_path / "run"):
+    with setup.locked(tmp_path / "run"):
         pass
 
 
 def test_a_restarted_run_waits_for_its_forerunner_and_no_longer(tmp_path, holder, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(checkpoint, "LOCK_WAIT_S", 0.2)
-    with pytest.raises(UserError, match="another process is writing"), checkpoint.locked(tmp_path / "run"):
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1")):  # as torchrun starts it
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(setup, "LOCK_WAIT_S", 0.2)
+    with pytest.raises(UserError, match="another process is writing"), setup.locked(tmp_path / "run"):
         pass
-    monkeypatch.setattr(checkpoint, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(setup, "LOCK_WAIT_S", 60.0)
     pauses = []
 
     def pause(seconds):
@@ -396,20 +400,20 @@ def test_a_restarted_run_waits_for_its_forerunner_and_no_longer(tmp_path, holder
         holder.kill()
         holder.wait()
 
-    monkeypatch.setattr(checkpoint.time, "sleep", pause)
-    with checkpoint.locked(tmp_path / "run"):
+    monkeypatch.setattr(setup.time, "sleep", pause)
+    with setup.locked(tmp_path / "run"):
         assert len(pauses) == 1
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot be written"), checkpoint.locked(run):
+        with pytest.raises(UserError, match="cannot be written"), setup.locked(run):
             pass
 
 
 def test_errors_of_the_work_under_the_lock_are_its_own(tmp_path):
-    with pytest.raises(PermissionError, match="not yours"), checkpoint.locked(tmp_path):
+    with pytest.raises(PermissionError, match="not yours"), setup.locked(tmp_path):
         raise PermissionError("not yours")
 
 

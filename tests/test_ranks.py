@@ -10,8 +10,9 @@ import torch
 from small import BANNED, RecordingSampler, small_model, small_recipe, small_trainer
 from torch.distributed.tensor.debug import CommDebugMode
 
-from nanolmmr1 import dist, shard
+from nanolmmr1 import dist, setup, shard, weights
 from nanolmmr1.config import UserError
+from nanolmmr1.metrics import Display
 from nanolmmr1.objective import Tokens
 from nanolmmr1.pack import build, deal, has_images
 from nanolmmr1.policy import Policy
@@ -39,6 +40,7 @@ def main(name, args):
     """A rank."""
     dist.start("cpu", 60)
     print(json.dumps(globals()[name](*json.loads(args))))
+    dist.barrier()  # rank 0 has the store in it
 
 
 def often_equal(ids, row):
@@ -63,8 +65,8 @@ def trajectory(folder, names, over="all"):
 
         trainer.policy.learn = counted
         records = [trainer.step() for _ in range(5)]
-        weights = [tensor.flatten().tolist() for _, tensor in published(trainer.policy.model)]
-        found[name] = records, sum(weights, []), lonely
+        final = [tensor.flatten().tolist() for _, tensor in published(trainer.policy.model)]
+        found[name] = records, sum(final, []), lonely
     return found
 
 
@@ -77,14 +79,14 @@ def alone(tmp_path_factory):
 def test_five_steps_are_the_same_on_any_number_of_ranks(alone, tmp_path, count, hosts):
     over = "host" if hosts > 1 else "all"
     ends = run(count, trajectory, str(tmp_path), list(RECIPES), over, hosts=hosts)
-    for name, (records, weights, _) in alone.items():
+    for name, (records, ours, _) in alone.items():
         for mine in ends:
             theirs, final, _ = mine[name]
             for expected, got in zip(records, theirs, strict=True):
                 compared = [key for key in expected if not key.startswith(("phase", "timing_s/", "perf/", "pack/"))]
                 here, there = {k: expected[k] for k in compared}, {k: got[k] for k in compared}
                 assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
-            assert (torch.tensor(final) - torch.tensor(weights)).abs().max() <= 1e-5, name
+            assert (torch.tensor(final) - torch.tensor(ours)).abs().max() <= 1e-5, name
             assert final == ends[0][name][1]
     if count > 1:
         assert sum(mine["grpo"][2] for mine in ends) > 0  # some rank ran the tower for the others' sake
@@ -94,7 +96,7 @@ def random_assignments(seed, number):
     """Largest error of the gradient, relative to its largest entry; and how often this rank lacked an image."""
     cfg = small_recipe()
     model, plain = small_model(), small_model()
-    shard.shard(model, dist.mesh("cpu", "all"), torch.float32)
+    shard.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
     policy, whole = Policy(model, cfg, BANNED), Policy(plain, cfg, BANNED)
     policy.start_phase(cfg.phases["train"])
     whole.start_phase(cfg.phases["train"])
@@ -166,6 +168,64 @@ def test_a_frozen_tower_that_no_row_uses_takes_no_part():
     assert run(2, collectives, True, []) == [more] * 2
 
 
+def gathered_in_a_step(freeze):
+    """Bytes that a step's hand-over gathers, and the model's."""
+    trainer = small_trainer(".", phase={"freeze": freeze})
+    gathered, gather = [], weights.all_gather
+
+    def counted(out, *args, **options):
+        gathered.append(out.nbytes)
+        return gather(out, *args, **options)
+
+    weights.all_gather = counted
+    trainer.hand_over()
+    weights.all_gather = gather
+    sizes = {name: p.numel() * 4 for name, p in trainer.policy.model.named_parameters()}
+    return sum(gathered), sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("visual."))
+
+
+def test_a_frozen_tower_is_not_handed_over_again():
+    for gathered, whole, tower in run(2, gathered_in_a_step, ["vision"]):
+        assert whole - tower <= gathered < whole - tower / 2  # rows are padded to even shards
+    for gathered, whole, _ in run(2, gathered_in_a_step, []):
+        assert gathered >= whole
+
+
+def timeouts():
+    """Seconds that the groups of an HSDP mesh wait."""
+    mesh = dist.mesh("cpu", "host", 7.0)
+    groups = [mesh.get_group(axis) for axis in ("replicate", "shard")]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_the_groups_of_an_hsdp_mesh_wait_no_longer_than_the_recipe_says():
+    assert run(2, timeouts, hosts=2) == [[7.0, 7.0]] * 2
+
+
+def choosing(folder):
+    """The rows of a phase, where the last rank's judge would have none of the first row."""
+    cfg = small_recipe(phase={"data": f"{folder}/rows.jsonl"})
+
+    class Judge:
+        def check(self, rows):
+            pass
+
+        def gold_answers_ok(self, rows):
+            return [dist.rank() == 0 or i > 0 for i in range(len(rows))]
+
+    class Processor:
+        def count(self, row, captions):
+            return len(row.problem)
+
+    rows, _ = setup.load_data(cfg, Processor(), Judge(), Display({}, quiet=True))
+    return [row.problem for row in rows["train"]]
+
+
+def test_all_ranks_train_on_the_rows_that_one_has_chosen(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2"}\n')
+    assert run(2, choosing, str(tmp_path)) == [["a", "b"]] * 2
+
+
 def sixteen_bits():
     """Relative distance of a bf16 gradient to the fp32 one: sharded, whole; and whether the head's was ever rounded."""
     trainer = small_trainer(".", images=True)
@@ -177,7 +237,7 @@ def sixteen_bits():
     for name, (dtype, split) in kinds.items():
         model = small_model()
         if split:
-            shard.shard(model, dist.mesh("cpu", "all"), dtype)
+            shard.shard(model, dist.mesh("cpu", "all", 60), dtype)
         policy = Policy(model, trainer.cfg, BANNED, dtype)
         policy.start_phase(trainer.phase)
         policy.learn(pack, tokens_of(pack), trainer.phase.objective, 1.0)
@@ -205,6 +265,7 @@ class Bell:
             raise Preempted
 
     stage = staticmethod(lambda name, step: contextlib.nullcontext())
+    pack = staticmethod(lambda: None)
 
 
 def trouble(folder, kind):

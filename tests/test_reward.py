@@ -404,3 +404,22 @@ def test_the_trainer_process_imports_no_mathematics():
     code = "import sys, nanolmmr1.reward; print({'torch', 'transformers', 'sympy', 'math_verify'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_run_that_is_to_end_waits_for_no_more_than_the_judgements_at_work(tmp_path):
+    """As many judgements as workers may end; the others are not begun."""
+    source = "import time\n\ndef slow(response, row):\n    time.sleep(1.5)\n    return 1.0\n"
+
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    with functions(tmp_path, source, "slow") as judge:
+        judge.score([("a", ROW)])  # the worker is there
+        judge.workers.between = stop
+        began = time.monotonic()
+        with pytest.raises(Stop):
+            judge.score([(str(n), ROW) for n in range(40)])
+        assert time.monotonic() - began < 15

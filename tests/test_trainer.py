@@ -19,8 +19,8 @@ DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts rew
     response_length/mean response_length/max response_length/min response_length/clip_ratio
     prompt_length/mean prompt_length/max dynamic/sampled_groups dynamic/trained_groups pack/micro_batches
     pack/split_groups timing_s/data timing_s/gen timing_s/reward timing_s/exchange timing_s/pack
-    timing_s/adv timing_s/update_actor timing_s/step timing_s/save_checkpoint perf/time_per_step
-    perf/total_num_tokens perf/throughput perf/peak_rss_mb perf/rss_mb""".split()
+    timing_s/adv timing_s/update_actor timing_s/update_weights timing_s/step timing_s/save_checkpoint
+    perf/time_per_step perf/total_num_tokens perf/throughput perf/peak_rss_mb perf/rss_mb""".split()
 
 
 def weights_of(trainer):
@@ -306,3 +306,26 @@ def test_progress_knows_which_phases_are_behind_it(progress, done):
     phases = {"a": Steps, "b": Steps, "c": Steps}
     assert [name for name in phases if progress.phase_done(name, phases)] == done
     assert [name for name in phases if progress.inside(name)] == ([progress.phase] if progress.phase_step else [])
+
+
+def test_a_step_whose_weights_the_sampler_did_not_take_is_a_whole_step(tmp_path):
+    """Else a checkpoint would hold one step's number and the next one's weights."""
+    whole, broken = small_trainer(tmp_path / "whole"), small_trainer(tmp_path / "broken")
+
+    def lost(weights):
+        raise UserError("a server is lost")
+
+    broken.sampler.update = lost
+    whole.step()
+    with pytest.raises(UserError, match="a server is lost"):
+        broken.step()
+    assert broken.progress == whole.progress and broken.progress.step == 1
+    assert torch.equal(weights_of(broken), weights_of(whole))
+    assert len(read_lines(tmp_path / "broken" / "metrics.jsonl")) == 1
+
+
+def test_a_tower_that_learns_alone_learns_nothing_from_text(tmp_path):
+    trainer = small_trainer(tmp_path, phase={"freeze": ["language"]})
+    before = weights_of(trainer)
+    assert trainer.step()["actor/grad_norm"] == 0
+    assert torch.equal(weights_of(trainer), before)

@@ -52,7 +52,7 @@ class ServerSampler:
         UserError: a server does not answer, or does not sample from the policy's distribution.
     """
 
-    ranks = 1
+    ranks, remembers = 1, False
 
     @property
     def dtype(self):
@@ -112,7 +112,6 @@ class ServerSampler:
         else:
             for _ in weights:  # gathering them takes all ranks
                 pass
-        dist.barrier()
         for server in self.servers:
             server.version = self._salt()
         self.stats["handover_s"] = time.perf_counter() - began

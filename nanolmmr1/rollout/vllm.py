@@ -43,7 +43,7 @@ class VllmSampler:
     def __init__(self, policy, cfg, folder):
         vllm = _import(cfg.rollout.untested_vllm)
         self.policy, self.cfg, self.on_gpu = policy, cfg, policy.device.type == "cuda"
-        self.ranks, self.dtype = cfg.rollout.tensor_parallel, policy.dtype
+        self.ranks, self.dtype, self.remembers = cfg.rollout.tensor_parallel, policy.dtype, False
         self.asleep, self.stats, self.calls = set(), {}, 0
         parts = [*cfg.phases.values(), cfg.evaluate]
         self.max_len = cfg.rollout.max_model_len or max(p.max_prompt_tokens + p.max_response_tokens for p in parts)
@@ -116,10 +116,16 @@ class VllmSampler:
                     waiting[f"{self.calls}-{b}-{g}"] = b, g
                     self.engine.add_request(f"{self.calls}-{b}-{g}", request, _params(params, (*seed, g)))
             while waiting:
-                if time.monotonic() - began > timeout:
+                if self._agree(time.monotonic() - began > timeout):
                     raise UserError(f"vLLM had {len(waiting)} responses unfinished after rollout.timeout_s={timeout:g} "
                                     "seconds: raise it, or lower max_response_tokens")
-                advance(0)
+                stop = None
+                try:
+                    advance(0)
+                except Preempted as told:
+                    stop = told
+                if self._agree(stop is not None):
+                    raise stop or Preempted
                 for output in self.engine.step():
                     b, g = waiting.pop(output.request_id)
                     done[b, g] = _response(output, prompts[b])
@@ -131,6 +137,16 @@ class VllmSampler:
         finally:
             self.engine.abort_request(list(waiting))
         return [Group(prompt, [done[b, g] for g in range(G)]) for b, prompt in enumerate(prompts)]
+
+    def _agree(self, flag):
+        """Whether the flag is set on some rank of this engine: none may leave the others inside a step."""
+        if self.ranks == 1:
+            return flag
+        from vllm.distributed.parallel_state import get_tp_group
+
+        flags = torch.tensor(int(flag))
+        torch.distributed.all_reduce(flags, group=get_tp_group().cpu_group)
+        return bool(flags)
 
     def _request(self, prompt, new_tokens):
         """The prompt as the engine's own input: what its processor would have made, made of our very tensors."""
