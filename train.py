@@ -108,9 +108,7 @@ def train(cfg, device):
             for name, phase in cfg.phases.items():
                 if progress.phase_done(name, cfg.phases):
                     continue
-                trainer.start_phase(
-                    name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress)
-                )
+                trainer.start_phase(name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress))
                 if latest and progress.phase_step:
                     checkpoints.load(latest, policy)
                     look(name, phase)  # an evaluation that SIGTERM cut short

@@ -73,12 +73,6 @@ def _new_name(store, rank, count, timeout_s):
     return own
 
 
-def stop():
-    """Leave the others."""
-    if td.is_initialized():
-        td.destroy_process_group()
-
-
 def leave(status=0):
     """End this process, and leave the others if it has met any.
 

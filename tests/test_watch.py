@@ -153,7 +153,7 @@ def main(kind, folder):
         walk(kind, run)
         began = time.monotonic()
     assert time.monotonic() - began < 10
-    dist.stop()
+    dist.leave()
 
 
 class Ranks:
