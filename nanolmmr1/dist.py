@@ -190,20 +190,10 @@ def on_main(work):
     Raises:
         SharedError: the main rank had a UserError. Of a single process it is that error itself.
     """
-    done, error = None, ""
-    if is_main():
-        try:
-            done = work()
-        except UserError as caught:
-            if size() == 1:
-                raise
-            error = str(caught)
     if size() == 1:
-        return done
-    done, error = json.loads(gather(json.dumps([done, error]).encode() if is_main() else b"")[0])
-    if error:
-        raise SharedError(error)
-    return done
+        return work()
+    done = together(lambda: json.dumps(work()) if is_main() else "")
+    return json.loads(gather(done.encode())[0])
 
 
 def together(work):
@@ -212,12 +202,12 @@ def together(work):
     Raises:
         SharedError: of a single process it is the UserError itself.
     """
+    if size() == 1:
+        return work()
     done, error = None, ""
     try:
         done = work()
     except UserError as caught:
-        if size() == 1:
-            raise
         error = str(caught)
     share_errors([text.decode() for text in gather(error.encode())])
     return done

@@ -256,8 +256,11 @@ class Plan:
         found.append(Stage("learning", self.learning(load), self.host))
         found.append(Stage("optimiser step", self.base(gradients=self.gradients), self.host))
         if self.cfg.rollout.engine == "vllm" or where.sharded and self.cfg.rollout.engine == "local":
-            # Buckets of tensors are gathered, flat and then as they are. Of an engine the weights are back.
-            bucket = 2 * weights.BUCKET_BYTES if where.shards > 1 else 0
+            # A bucket, or a larger tensor by itself, is gathered from a flat shard, whole, and then as it is. Of an
+            # engine the weights are back.
+            embedding = self.model.vocab_size * self.model.hidden_size
+            embedding *= self.kind.compute if self.cfg.rollout.engine == "vllm" else self.kind.master
+            bucket = max(weights.BUCKET_BYTES, embedding) * (2 + 1 / where.shards) if where.shards > 1 else 0
             engine = self.count.total * self.kind.compute / self.cfg.rollout.tensor_parallel
             parts = dict(gathered=bucket) | (dict(sampler=engine) if self.cfg.rollout.engine == "vllm" else {})
             found.append(Stage("hand-over", self.base(**parts), self.host))

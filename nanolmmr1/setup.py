@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from nanolmmr1 import checkpoint, config, dist, metrics, shard, weights
+from nanolmmr1 import checkpoint, config, dist, manifest, metrics, shard, weights
 from nanolmmr1.config import UserError
 from nanolmmr1.data import load_rows, select_rows
 from nanolmmr1.policy import Policy
@@ -197,7 +197,7 @@ def load_reference(cfg, run, name, policy, folder, progress):
     """The frozen model that KL compares with, or None: the model as it was when this phase, or the run, began."""
     policy.reference = None
     gc.collect()  # the last phase's goes before this one's comes; a sharded model is a cycle
-    phase, kept = cfg.phases[name], run / "reference" / name
+    phase, kept, seals = cfg.phases[name], run / "reference" / name, run / "reference" / f"{name}.json"
     if not phase.objective.kl_coef:
         return None
     if phase.reference == "start":
@@ -205,10 +205,24 @@ def load_reference(cfg, run, name, policy, folder, progress):
     elif not progress.inside(name):
         master = getattr(torch, cfg.optim.weights)
         checkpoint.write_folder(kept, lambda path: weights.save(policy.model, path, folder, master))
-    elif not dist.on_main(kept.is_dir):
-        raise dist.SharedError(f"{kept} is gone: the phase's KL reference cannot be rebuilt; choose another output")
+        dist.on_main(lambda: _seal(kept, seals))
+    elif wrong := dist.on_main(lambda: _damage(kept, seals)):
+        raise dist.SharedError(f"{kept}: {wrong}; a KL reference cannot be rebuilt, so choose another output")
     offload = cfg.dist.offload or cfg.dist.offload_reference
     return load_model(cfg, kept, policy.device.type, offload)[0].requires_grad_(False)
+
+
+def _seal(folder, seals):
+    """Note what a folder holds."""
+    told = {path.name: manifest.seal(path) for path in folder.iterdir()}
+    metrics.write_atomically(seals, json.dumps(told).encode())
+
+
+def _damage(folder, seals):
+    """What is wrong with a folder that was sealed; nothing: empty."""
+    if not seals.is_file():
+        return f"{seals.name} is missing"
+    return manifest.damage(folder, json.loads(seals.read_text(encoding="utf-8")).items())
 
 
 def make_sampler(cfg, policy, folder, processor):

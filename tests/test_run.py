@@ -12,17 +12,20 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from ranks import on_disk_of
 from safetensors.torch import load_file, save_file
 
-from nanolmmr1 import config, schema, weights
+from nanolmmr1 import config, schema, setup, weights
 from nanolmmr1.data import PromptSampler
 from nanolmmr1.metrics import read_lines
 from nanolmmr1.prompt import Processor
+from nanolmmr1.trainer import Progress
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SMALL = [f"phases.train.{key}" for key in ("steps=2", "prompts_per_step=2", "group_size=2", "max_response_tokens=4")]
@@ -418,19 +421,10 @@ def test_a_rate_that_explodes_ends_the_run_and_keeps_the_last_good_checkpoint(ru
     assert not (out / "model").exists()
 
 
-def on_small_disk(folder, megabytes):
-    """A command prefix that gives a process a real disk of that size, mounted on `folder`; skips where it cannot."""
-    folder.mkdir()
-    prefix = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={megabytes}M tmpfs "{folder}" && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs unshare and user namespaces")
-    return prefix
-
-
 @pytest.mark.parametrize("megabytes, status", [(450, 0), (280, 2)])
 def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(tiny, tmp_path, megabytes, status):
     """A checkpoint takes 244 MB, the exported model 85: either a checkpoint and the export have room, or only one."""
-    prefix = on_small_disk(tmp_path / "disk", megabytes)
+    prefix = on_disk_of(megabytes, tmp_path / "disk")
     rows = write_rows(tmp_path / "rows.jsonl", sums(3))
     args = ["single", f"model={tiny}", f"phases.train.data={rows}", f"output={tmp_path / 'disk' / 'out'}", *SMALL]
     script = '"$@"; status=$?; cd disk/out; ls checkpoints; ls model; wc -l < metrics.jsonl; exit $status'
@@ -464,3 +458,24 @@ def test_help_lists_every_key_and_recipe(run_here):
     assert status == 0
     assert all(f"  {key}={json.dumps(default)}\n      {text}\n" in said for key, default, text in config.known_keys())
     assert all(path.stem in said for path in config.RECIPES.glob("*.yaml"))
+
+
+def test_a_kl_reference_that_is_not_what_was_written_is_refused(tiny, tmp_path):
+    cfg = config.load("single", [f"model={tiny}", "phases.train.data=rows.jsonl", "phases.train.objective.kl_coef=0.1"])
+    policy = SimpleNamespace(model=weights.load(tiny), device=torch.device("cpu"), reference=None)
+    progress = Progress()
+    first = setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)
+    progress.phase, progress.phase_step = "train", 1
+    again = setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    shard = tmp_path / "reference" / "train" / "model.safetensors"
+    with open(shard, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(config.UserError, match="model.safetensors does not hold what was written.*another output"):
+        setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)
+    shard.unlink()
+    with pytest.raises(config.UserError, match="model.safetensors is missing"):
+        setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)
