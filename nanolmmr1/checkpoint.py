@@ -27,11 +27,13 @@ import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
-from nanolmmr1 import dist, manifest
+from nanolmmr1 import dist, manifest, metrics
 from nanolmmr1.config import UserError
 from nanolmmr1.manifest import sync, temporary_name
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and it says so by no_dist
+
+SCORES = "scores.json"  # of checkpoints that were evaluated only after they were written
 
 
 class DiskError(dist.SharedError):
@@ -62,7 +64,8 @@ class Checkpoints:
 
         With cfg.background, this returns when the tensors have been copied; what became of them is told by the next
         call, or by `wait`. A full disk ends no training: it is noted, and earlier checkpoints stay.
-        A step that has its checkpoint keeps it: replacing one would leave a moment without.
+        A step that has its checkpoint keeps it: replacing one would leave a moment without. It may still get a score,
+        as after an evaluation that was cut short.
 
         Args:
             policy: has `model`, and `optimizer_tensors()`: name -> tensor of all its state, to read from and into.
@@ -74,6 +77,8 @@ class Checkpoints:
         due, wrong = dist.on_main(lambda: self._begin(folder))
         self.stands = not wrong
         self.notes += [wrong] if wrong else []
+        if not due and not wrong and score is not None:
+            dist.on_main(lambda: self._rate(folder.name, score))
         if due:
             tensors = _tensors(policy)
             about = {"step": step, "ranks": dist.size(), "score": score, "tensors": manifest.table(tensors)}
@@ -191,6 +196,14 @@ class Checkpoints:
             self.crash = error
         self.write_s = time.monotonic() - began
 
+    def _rate(self, name, score):
+        """Give a checkpoint that has none a score."""
+        path = self.run / "checkpoints" / SCORES
+        try:
+            metrics.write_atomically(path, json.dumps(_late_scores(path) | {name: score}).encode())
+        except OSError as error:
+            self.notes.append(f"{name} evaluated at {score:.3f}, which cannot be written down: {error}")
+
     def _prune(self):
         """Delete all but the newest `keep`, and the newest of those with the best score."""
         folders = listed(self.run)
@@ -251,9 +264,14 @@ def _tensors(policy, optimizer=True):
     return model | ({f"optimizer/{name}": t for name, t in policy.optimizer_tensors().items()} if optimizer else {})
 
 
+def _late_scores(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _score(folder):
     try:
-        return manifest.read(folder)["score"]
+        score = manifest.read(folder)["score"]
+        return _late_scores(folder.parent / SCORES).get(folder.name) if score is None else score
     except ValueError:
         return None  # damaged, and not the best then
 

@@ -137,6 +137,16 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, policy):
                     10: [8, 9, 10]}
 
 
+def test_a_checkpoint_may_be_rated_later(tmp_path, policy):
+    own = make(tmp_path, keep=1)
+    own.save(1, policy, {"step": 1})
+    own.save(1, policy, {"step": 1}, 0.9)
+    for step in (2, 3):
+        own.save(step, policy, {"step": step}, 0.5)
+    own.wait()
+    assert names(tmp_path / "checkpoints") == ["scores.json", "step_1", "step_3"]
+
+
 def test_unfinished_folders_and_strangers_are_not_checkpoints(tmp_path, policy):
     assert make(tmp_path).newest(Progress) == (None, None)
     make(tmp_path).save(1, policy, {"step": 1})
