@@ -265,7 +265,8 @@ def test_precision_offload_and_hosts_change_what_they_should(folder_3b):
     hosts, *_ = plan_3b(folder_3b, "plan.gpus=16", "plan.host_gpus=8", "dist.shard=host")
     assert stage(hosts, "optimiser step").parts["weights"] == 4 * PARAMETERS_3B / 8
     with pytest.raises(UserError, match=r"plan.gpus=12.*plan.host_gpus=8"):
-        plan_3b(folder_3b, "plan.gpus=12")
+        plan_3b(folder_3b, "plan.gpus=12", "dist.shard=host")
+    plan_3b(folder_3b, "plan.gpus=12")  # sharded over all of them, hosts matter little
 
 
 def test_a_machine_is_said_to_be_too_small_and_what_would_fit_does(folder_3b):
