@@ -292,3 +292,10 @@ def test_the_accuracy_table_is_plain_text_without_a_terminal(capsys, monkeypatch
     assert rows == [["accuracy, %", "text", "digits", "new"], ["start", "31.0", "20.0", "-"],
                     ["text", "50.0", "-", "90.0"], ["images", "55.0", "12.5", "-"], ["[x]", "0.0", "-", "-"],
                     ["change, points", "-31.0", "-", "-"]]
+
+
+def test_a_process_peak_is_its_own_and_not_its_parents():
+    code = "from nanolmmr1.metrics import peak_rss_mb; print(peak_rss_mb())"
+    heavy = bytearray(b"x" * 600_000_000)
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(heavy) == 600_000_000 and 10 < float(said) < 500 < peak_rss_mb()
