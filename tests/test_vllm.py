@@ -327,7 +327,7 @@ def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path
     rows += [dict(problem=f"How much is {n} + {n}?", answer="2") for n in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own.py").write_text("def varied(response, row):\n    return sum(map(ord, response)) % 17 / 17\n")
-    phase = dict(data=tmp_path / "rows.jsonl", steps=3, prompts_per_step=3, group_size=4, max_response_tokens=8,
+    phase = dict(data=tmp_path / "rows.jsonl", steps=2, prompts_per_step=3, group_size=4, max_response_tokens=8,
                  max_prompt_tokens=128, lr=1e-2)
     args = [f"phases.train.{key}={value}" for key, value in phase.items()]
     args += [f"model={tiny}", f"output={tmp_path / 'out'}", "rollout.engine=vllm", "rollout.max_sequences=16",
@@ -341,8 +341,8 @@ def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     records = read_lines(tmp_path / "out" / "metrics.jsonl")
-    assert [record["dynamic/sampled_groups"] for record in records] == [3, 3, 3]
-    assert abs(records[2]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
+    assert [record["dynamic/sampled_groups"] for record in records] == [3, 3]
+    assert abs(records[1]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
     for record in records:  # and each engine with them
         assert record["mismatch/image/logp_abs"] < 1e-5 and record["mismatch/text/logp_abs"] < 1e-5
 
