@@ -218,4 +218,4 @@ def share_errors(texts):
     wrong = [(r, text) for r, text in enumerate(texts) if text]
     if wrong:
         first, text = wrong[0]
-        raise SharedError(text if len(wrong) == len(texts) else f"rank {first}: {text}")
+        raise SharedError(f"rank {first}: {text}" if first and len(wrong) < len(texts) else text)

@@ -325,7 +325,7 @@ planned = plan.forecast(cfg, cfg.model, rows, processor)
 train.main(["single", *sys.argv[1:]])
 print(planned / 1e6, plan.compare(planned, "cpu"), sep="\\n")
 """
-SIZES = {"50 M": (256, 1024, 8), "80 M": (384, 1536, 8), "130 M": (512, 2048, 12)}  # hidden, intermediate, layers
+SIZES = {"40 M": (256, 512, 2), "50 M": (256, 1024, 8), "80 M": (384, 1536, 8)}  # hidden, intermediate, layers
 
 
 def python(code, *args):

@@ -320,8 +320,8 @@ def test_a_trainer_hands_over_after_every_update(engine, policy, processor, prom
 
 
 @needs_vllm
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path, tensor_parallel):
+def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path):
+    """Both kinds at once, as most of it is starting up."""
     Image.linear_gradient("L").resize((84, 56)).save(tmp_path / "ramp.png")
     rows = [dict(problem="<image>What is it?", answer="1", images=["ramp.png"])]
     rows += [dict(problem=f"How much is {n} + {n}?", answer="2") for n in range(2)]
@@ -330,21 +330,26 @@ def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path
     phase = dict(data=tmp_path / "rows.jsonl", steps=2, prompts_per_step=3, group_size=4, max_response_tokens=8,
                  max_prompt_tokens=128, lr=1e-2)
     args = [f"phases.train.{key}={value}" for key, value in phase.items()]
-    args += [f"model={tiny}", f"output={tmp_path / 'out'}", "rollout.engine=vllm", "rollout.max_sequences=16",
-             f"rollout.tensor_parallel={tensor_parallel}", f'reward.functions={{"{tmp_path / "own.py"}:varied": 1.0}}']
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    args += [f"model={tiny}", "rollout.engine=vllm", "rollout.max_sequences=16",
+             f'reward.functions={{"{tmp_path / "own.py"}:varied": 1.0}}']
     for left in Path("/dev/shm").glob("-tp:0-[[]0-1]-cpushm_*"):  # one name for all runs on CPUs, which outlives them
         left.unlink()
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "train.py"]
-    done = subprocess.run([*start, "single", *args], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    records = read_lines(tmp_path / "out" / "metrics.jsonl")
-    assert [record["dynamic/sampled_groups"] for record in records] == [3, 3]
-    assert abs(records[1]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
-    for record in records:  # and each engine with them
-        assert record["mismatch/image/logp_abs"] < 1e-5 and record["mismatch/text/logp_abs"] < 1e-5
+    running = []
+    for parallel in (1, 2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        own = [f"rollout.tensor_parallel={parallel}", f"output={tmp_path / str(parallel)}"]
+        with open(tmp_path / f"{parallel}.log", "w") as log:
+            running.append(subprocess.Popen([sys.executable, *torchrun, "train.py", "single", *args, *own], cwd=ROOT,
+                                            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    for parallel, process in enumerate(running, 1):
+        assert process.wait(400) == 0, (tmp_path / f"{parallel}.log").read_text()[-7000:]
+        records = read_lines(tmp_path / str(parallel) / "metrics.jsonl")
+        assert [record["dynamic/sampled_groups"] for record in records] == [3, 3]
+        assert abs(records[1]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
+        for record in records:  # and each engine with them
+            assert record["mismatch/image/logp_abs"] < 1e-5 and record["mismatch/text/logp_abs"] < 1e-5
 
 
 @needs_vllm
