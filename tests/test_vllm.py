@@ -144,7 +144,7 @@ def test_truncated_sampling_reports_what_is_left_renormalised(engine, policy, pr
     groups = engine.generate(prompts, params(policy, 4, 16, top_k=5, top_p=0.8), seeds(prompts))
     (pack,), _ = pack_groups(groups, 1 << 20)
     with torch.no_grad():
-        logits = policy.hidden(pack, policy.model) @ policy.model.head.T  # (N, V)
+        logits = policy.run(pack, policy.model, lambda hidden, head: hidden @ head.T)  # (N, V)
     logits[:, policy.banned_ids] = float("-inf")
     truncate(logits, 0.8, 5)
     logp = logits.log_softmax(1).gather(1, pack.target[:, None])[:, 0]
