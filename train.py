@@ -110,7 +110,7 @@ def train(cfg, device):
                     continue
                 trainer.start_phase(name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress))
                 if latest and progress.phase_step:
-                    checkpoints.load(latest, policy)
+                    checkpoints.load(latest, policy, model=False)
                     look(name, phase)  # an evaluation that SIGTERM cut short
                 while progress.phase_step < phase.steps:
                     trainer.step()

@@ -141,16 +141,16 @@ class Checkpoints:
             )
         return None, None
 
-    def load(self, folder, policy, optimizer=True):
-        """Read a checkpoint that `newest` found into the policy's model and, where asked for, its optimiser's state.
+    def load(self, folder, policy, model=True, optimizer=True):
+        """Read a checkpoint that `newest` found into the policy's model and its optimiser's state, or one of them.
 
         Raises:
             SharedError: it is of another model, or of other trained parameters.
         """
-        tensors = _tensors(policy, optimizer)
+        tensors = _tensors(policy, model, optimizer)
         ours, saved = manifest.table(tensors), dist.on_main(lambda: manifest.read(folder)["tensors"])
-        if not optimizer:
-            saved = {name: what for name, what in saved.items() if name.startswith("model/")}
+        wanted = ("model/",) * model + ("optimizer/",) * optimizer
+        saved = {name: what for name, what in saved.items() if name.startswith(wanted)}
         for name in ours | saved:
             if ours.get(name) != saved.get(name):
                 there, here = (" ".join(map(str, table.get(name, ["absent"]))) for table in (saved, ours))
@@ -258,10 +258,10 @@ def listed(run):
     return sorted(folders, key=lambda f: -int(f.name[5:]))
 
 
-def _tensors(policy, optimizer=True):
-    """Name -> tensor, live, of all that a checkpoint holds."""
-    model = {f"model/{name}": p.detach() for name, p in policy.model.named_parameters()}
-    return model | ({f"optimizer/{name}": t for name, t in policy.optimizer_tensors().items()} if optimizer else {})
+def _tensors(policy, model=True, optimizer=True):
+    """Name -> tensor, live, of all that a checkpoint holds, or of a part."""
+    weights = {f"model/{name}": p.detach() for name, p in policy.model.named_parameters()} if model else {}
+    return weights | ({f"optimizer/{name}": t for name, t in policy.optimizer_tensors().items()} if optimizer else {})
 
 
 def _late_scores(path):
