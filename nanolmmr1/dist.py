@@ -209,8 +209,13 @@ def together(work):
         done = work()
     except UserError as caught:
         error = str(caught)
-    share_errors([text.decode() for text in gather(error.encode())])
+    share_error(error)
     return done
+
+
+def share_error(text):
+    """Raises SharedError on all ranks where some rank's text is not empty."""
+    share_errors([told.decode() for told in gather(text.encode())])
 
 
 def share_errors(texts):

@@ -54,6 +54,6 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda
             right, stopping = dist.total(right).tolist()
         if stopping:
             raise Preempted
-        dist.share_errors([text.decode() for text in dist.gather(error.encode())])
+        dist.share_error(error)
         accuracy[name] = right / len(rows)
     return accuracy

@@ -286,19 +286,20 @@ class Trainer:
     def hand_over(self):
         """Give the sampler the new weights. Returns what went wrong, on all ranks, or None."""
         names = self.policy.trained if self.sampler.remembers else None
-        weights, error = published(self.policy.model, self.sampler.dtype, names), ""
+        weights = published(self.policy.model, self.sampler.dtype, names)
+
+        def update():
+            try:
+                self.sampler.update(weights)
+            except UserError:
+                for _ in weights:  # the other ranks are gathering them
+                    pass
+                raise
+
         try:
-            self.sampler.update(weights)
-        except UserError as caught:
-            if dist.size() == 1:
-                return caught
-            error = str(caught)
-            for _ in weights:  # the other ranks are gathering them
-                pass
-        try:
-            dist.share_errors([text.decode() for text in dist.gather(error.encode())])
-        except dist.SharedError as shared:
-            return shared
+            dist.together(update)
+        except UserError as failed:
+            return failed
         return None
 
     def keep_sample(self, rollout):
