@@ -16,11 +16,12 @@ class Declare(importlib.abc.MetaPathFinder):
         if name == "torchvision":
             sys.meta_path.remove(self)
             import torch
+            from torch import library
 
             if torch.version.cuda is None:
                 signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 for op in ("nms", "qnms"):
-                    torch.library.define(f"torchvision::{op}", signature)
+                    library.define(f"torchvision::{op}", signature)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from nanolmmr1 import metrics, weights
+from nanolmmr1 import metrics, schema, weights
 from nanolmmr1.config import UserError
 from nanolmmr1.data import image_size
 from nanolmmr1.plan_stages import GB, Longest, Plan, machine
 from nanolmmr1.prompt import Processor
 from nanolmmr1.reward import Judge
-from nanolmmr1.schema import Plan as PlannedFor
 
 HEADINGS = {  # part of a stage -> heading
     "weights": "weights", "gradients": "grads", "optimiser": "optim.", "reference": "ref.", "gathered": "gathered",
@@ -78,7 +77,7 @@ def forecast(cfg, folder, rows, processor):
         folder: the model's. rows: phase -> its rows. processor: prompt.Processor.
     """
     cfg = copy.copy(cfg)
-    cfg.plan = PlannedFor()  # this machine, whatever another was planned for
+    cfg.plan = schema.Plan()  # this machine, whatever another was planned for
     where, model = machine(cfg), weights.read_config(folder)
     longest = {name: row_lengths(cfg, phase, rows[name], processor) for name, phase in cfg.phases.items()}
     floor = resident() if where.device == "cpu" else 0
