@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_rollout import ROWS, ids, params, seeds
 from test_run import SMALL, run_here, sums, write_rows  # noqa: F401, a fixture
-from test_vllm import assert_greedy_is_ours, logp_error, misfits, shake
+from test_vllm import assert_every_pixel_counts, assert_greedy_is_ours, logp_error, misfits, shake
 
 from nanolmmr1 import config, weights
 from nanolmmr1.config import UserError
@@ -210,11 +210,7 @@ def test_log_probs_are_the_trainers(engine, policy, prompts, temperature):
 
 @needs_vllm
 def test_every_pixel_reaches_the_server(engine, policy, prompts):
-    one = prompts[1]
-    other = dataclasses.replace(one, patches=one.patches.flip(0))
-    first, second = engine.generate([one, other], params(policy, 1, 4, temperature=0.0), [(0,), (0,)])
-    assert logp_error([first, second], policy) < 1e-3
-    assert (first.responses[0].logp - second.responses[0].logp).abs().max() > 1e-2
+    assert_every_pixel_counts(engine, policy, prompts[1])
 
 
 @needs_vllm

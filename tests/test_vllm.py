@@ -95,6 +95,14 @@ def assert_greedy_is_ours(engine, policy, prompts):
     return ids(theirs)
 
 
+def assert_every_pixel_counts(engine, policy, prompt):
+    """Two pictures alike in size share no cached features."""
+    other = dataclasses.replace(prompt, patches=prompt.patches.flip(0))
+    first, second = engine.generate([prompt, other], params(policy, 1, 4, temperature=0.0), [(0,), (0,)])
+    assert logp_error([first, second], policy) < 1e-3
+    assert (first.responses[0].logp - second.responses[0].logp).abs().max() > 1e-2
+
+
 @needs_vllm
 def test_greedy_responses_are_our_own_token_for_token(engine, policy, prompts):
     assert [len(p.grid) for p in prompts] == [0, 1, 3]
@@ -104,12 +112,7 @@ def test_greedy_responses_are_our_own_token_for_token(engine, policy, prompts):
 
 @needs_vllm
 def test_every_pixel_reaches_the_engine(engine, policy, prompts):
-    """Two pictures alike in size share no cached features."""
-    one = prompts[1]
-    other = dataclasses.replace(one, patches=one.patches.flip(0))
-    first, second = engine.generate([one, other], params(policy, 1, 4, temperature=0.0), [(0,), (0,)])
-    assert logp_error([first, second], policy) < 1e-3
-    assert (first.responses[0].logp - second.responses[0].logp).abs().max() > 1e-2
+    assert_every_pixel_counts(engine, policy, prompts[1])
 
 
 @needs_vllm
