@@ -71,9 +71,9 @@ def train(cfg, device):
     processor = Processor(folder, cfg.prompt)
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
-        rows, tasks = setup.load_data(cfg, processor, judge, display)
-        planned = plan.forecast(cfg, folder, rows, processor) if dist.is_main() else None
-        policy = setup.load_policy(cfg, folder, device, processor)
+        rows, tasks, sizes = setup.load_data(cfg, processor, judge, display)
+        planned = plan.forecast(cfg, folder, sizes) if dist.is_main() else None
+        policy = setup.load_policy(cfg, folder, device, processor, empty=bool(latest))
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
         dist.together(lambda: [policy.learns(phase.freeze) for phase in cfg.phases.values()])

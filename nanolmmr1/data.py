@@ -132,7 +132,7 @@ class PromptSampler:
 
 
 def select_rows(rows, processor, captions, max_prompt_tokens, judge, where):
-    """Keep the rows a phase can train on. Returns (kept rows, {reason: number dropped}).
+    """Keep the rows a phase can train on. Returns ([(row, its processor.measure)] kept, {reason: number dropped}).
 
     Dropped are rows without a caption where captions are shown, prompts above max_prompt_tokens (image tokens
     included, no pixel decoded), and rows whose gold answer the judge does not accept for itself: their reward
@@ -142,14 +142,15 @@ def select_rows(rows, processor, captions, max_prompt_tokens, judge, where):
         UserError: nothing is left.
     """
     captioned = [row for row in rows if row.caption or not captions]
-    tokens = [processor.count(row, captions) for row in _progress(captioned, "counting prompt tokens", len(captioned))]
-    short = [row for row, count in zip(captioned, tokens, strict=True) if count <= max_prompt_tokens]
-    accepted = judge.gold_answers_ok([row.public() for row in short]) if short else []
-    kept = [row for row, ok in zip(short, accepted, strict=True) if ok]
+    sizes = [processor.measure(row, captions) for row in _progress(captioned, "counting prompt tokens", len(captioned))]
+    short = [(row, size) for row, size in zip(captioned, sizes, strict=True) if size[0] <= max_prompt_tokens]
+    accepted = judge.gold_answers_ok([row.public() for row, _ in short]) if short else []
+    kept = [each for each, ok in zip(short, accepted, strict=True) if ok]
     dropped = {"no caption": len(rows) - len(captioned), "prompt too long": len(captioned) - len(short),
                "gold answer fails against itself": len(short) - len(kept)}
     dropped = {reason: count for reason, count in dropped.items() if count}
     if not kept:
+        tokens = [size[0] for size in sizes]
         lengths = f"{min(tokens)} / {statistics.median(tokens):.0f} / {max(tokens)}" if tokens else "none counted"
         raise UserError(f"{where}: no row is left of {len(rows)}, dropped {dropped}; prompt tokens min / median / max: "
                         f"{lengths}. For long prompts raise {where}.max_prompt_tokens={max_prompt_tokens} or lower "

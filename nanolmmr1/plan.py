@@ -24,7 +24,6 @@ from rich.table import Table
 
 from nanolmmr1 import metrics, schema, weights
 from nanolmmr1.config import UserError
-from nanolmmr1.data import image_size
 from nanolmmr1.plan_stages import GB, Longest, Plan, machine
 from nanolmmr1.prompt import Processor
 from nanolmmr1.reward import Judge
@@ -52,8 +51,8 @@ def show(cfg):
     console = Console(width=120, markup=False, highlight=False)
     folder, where = find_settings(cfg), machine(cfg)
     model = weights.read_config(folder)
-    rows, notes = read_rows(cfg, folder)
-    longest = {name: row_lengths(cfg, phase, *rows.get(name, (None, None))) for name, phase in cfg.phases.items()}
+    sizes, notes = measure_rows(cfg, folder)
+    longest = {name: find_longest(cfg, phase, sizes.get(name)) for name, phase in cfg.phases.items()}
     floor = resident() if where.device == "cpu" else 0
     plans = make_plans(cfg, model, where, longest)
 
@@ -68,18 +67,18 @@ def show(cfg):
         console.print(line)
 
 
-def forecast(cfg, folder, rows, processor):
+def forecast(cfg, folder, sizes):
     """Bytes that the hungriest rank will take at its peak: of the GPU, or as resident memory where it runs on a CPU.
 
     Call it when everything is there but weights: what the process holds by then is part of the sum on a CPU.
 
     Args:
-        folder: the model's. rows: phase -> its rows. processor: prompt.Processor.
+        folder: the model's. sizes: phase -> [(tokens, image patches)] of its rows.
     """
     cfg = copy.copy(cfg)
     cfg.plan = schema.Plan()  # this machine, whatever another was planned for
     where, model = machine(cfg), weights.read_config(folder)
-    longest = {name: row_lengths(cfg, phase, rows[name], processor) for name, phase in cfg.phases.items()}
+    longest = {name: find_longest(cfg, phase, sizes[name]) for name, phase in cfg.phases.items()}
     floor = resident() if where.device == "cpu" else 0
     return floor + max(plan.peak() for plan in make_plans(cfg, model, where, longest).values())
 
@@ -120,8 +119,8 @@ def find_settings(cfg):
         ) from error
 
 
-def read_rows(cfg, folder):
-    """({phase: (its rows, processor)}, lines that tell what was kept, dropped or could not be read)."""
+def measure_rows(cfg, folder):
+    """({phase: [(tokens, image patches)] of its rows}, lines that tell what was kept, dropped or could not be read)."""
     from nanolmmr1.setup import load_data  # the whole trainer: what a run imports is part of what it takes
 
     found, notes = {}, []
@@ -138,7 +137,7 @@ def read_rows(cfg, folder):
                 alone.phases[name] = copy.copy(phase)
                 alone.phases[name].data = _placed(phase.data, Path(cfg.output) / "world")
             try:
-                found[name] = load_data(alone, processor, judge, SimpleNamespace(note=notes.append))[0][name], processor
+                found |= load_data(alone, processor, judge, SimpleNamespace(note=notes.append))[2]
             except UserError as error:
                 notes.append(f"phases.{name}: the longest rows allowed are assumed, as they cannot be read: {error}")
     return found, notes
@@ -150,15 +149,13 @@ def _placed(data, world):
     return str(world / data.removeprefix("world:")) if data.startswith("world:") else data
 
 
-def row_lengths(cfg, phase, rows, processor):
+def find_longest(cfg, phase, sizes):
     """Longest of a phase's rows. Where none could be read: prompts as long as is allowed, with as large a picture."""
-    if rows is None:
+    if sizes is None:
         patches = min(cfg.prompt.max_pixels // 14**2, 4 * phase.max_prompt_tokens)
         return Longest(phase.max_prompt_tokens, 0 if "vision" in phase.freeze else patches, phase.max_prompt_tokens, 0)
-    lengths = [processor.count(row, phase.captions) for row in rows]
-    grids = [[processor.image_grid(*image_size(item)) for item in row.images] for row in rows]
-    patches = [sum(t * h * w for t, h, w in grid) for grid in grids]
-    return Longest(max(lengths), max(patches), sum(lengths) / len(lengths), len(rows))
+    tokens, patches = zip(*sizes, strict=True)
+    return Longest(max(tokens), max(patches), sum(tokens) / len(tokens), len(tokens))
 
 
 def make_plans(cfg, model, where, longest):

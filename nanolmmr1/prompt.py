@@ -106,10 +106,11 @@ class Processor:
         system = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         return system + [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
 
-    def count(self, row, captions):
-        """Tokens of the row's prompt, image tokens included, from picture headers alone: len(prepare(...).ids)."""
+    def measure(self, row, captions):
+        """(tokens, image patches) of what `prepare` would make of the row, from picture headers alone."""
         ids, _ = self._tokenize(row, captions)
-        return len(ids) + sum(self._slots(self._grid_of(row, *image_size(item))) - 1 for item in row.images)
+        grids = [self._grid_of(row, *image_size(item)) for item in row.images]
+        return len(ids) + sum(self._slots(g) - 1 for g in grids), sum(t * h * w for t, h, w in grids)
 
     def image_grid(self, width, height):
         """(t, h, w) in patches of a picture of width x height pixels after resizing: arithmetic only.

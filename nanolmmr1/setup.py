@@ -133,7 +133,11 @@ def build_world(cfg, run, display):
 
 
 def load_data(cfg, processor, judge, display):
-    """Rows of each phase and held-out task, checked; says what was kept and what was dropped, and why."""
+    """Rows of each phase and held-out task, checked; says what was kept and what was dropped, and why.
+
+    Returns:
+        phase -> rows, task -> (rows, whether captions are shown), phase -> [(tokens, image patches)] of its rows
+    """
     judge_checked, loaded = False, {}
 
     def select(source, captions, max_tokens, where):
@@ -154,24 +158,28 @@ def load_data(cfg, processor, judge, display):
                 judge_checked = True
             kept, dropped = select_rows(rows, processor, captions, max_tokens, judge, where)
             number = {id(row): i for i, row in enumerate(rows)}
-            return [number[id(row)] for row in kept], dropped
+            return [number[id(row)] for row, _ in kept], [size for _, size in kept], dropped
 
-        kept, dropped = dist.on_main(choose)
+        kept, sizes, dropped = dist.on_main(choose)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         display.note(f"{where}: {len(kept)} of {len(rows)} rows; dropped: {lost}")
-        return [rows[i] for i in kept]
+        return [rows[i] for i in kept], sizes
 
-    rows = {name: select(p.data, p.captions, p.max_prompt_tokens, f"phases.{name}") for name, p in cfg.phases.items()}
-    tasks = {}
+    rows, sizes, tasks = {}, {}, {}
+    for name, phase in cfg.phases.items():
+        rows[name], sizes[name] = select(phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}")
     for name, task in cfg.evaluate.tasks.items():
         captions = bool(task.get("captions", False))
-        kept = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
+        kept, _ = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
         tasks[name] = (kept[: cfg.evaluate.limit or None], captions)
-    return rows, tasks
+    return rows, tasks, sizes
 
 
-def load_model(cfg, folder, device, offload=False):
+def load_model(cfg, folder, device, offload=False, empty=False):
     """The model of a folder as the recipe wants it: whole, or sharded where there is a process group.
+
+    Args:
+        empty: leave its memory as it is; a checkpoint is read into all of it next.
 
     Returns:
         model, dtype of the computation
@@ -184,12 +192,12 @@ def load_model(cfg, folder, device, offload=False):
     if offload and device == "cpu":
         raise UserError("dist.offload: what computes on a CPU is there already; leave dist.offload* out")
     if dist.sharded():
-        return shard.load_sharded(folder, cfg.dist, device, dtype, master, offload), dtype
-    return weights.load(folder, master, device), dtype
+        return shard.load_sharded(folder, cfg.dist, device, dtype, master, offload, empty), dtype
+    return weights.load(folder, master, device, empty), dtype
 
 
-def load_policy(cfg, folder, device, processor):
-    model, dtype = load_model(cfg, folder, device, cfg.dist.offload)
+def load_policy(cfg, folder, device, processor, empty=False):
+    model, dtype = load_model(cfg, folder, device, cfg.dist.offload, empty)
     return Policy(model, cfg, processor.banned_ids, dtype, device)
 
 

@@ -22,12 +22,12 @@ from nanolmmr1 import dist, weights
 from nanolmmr1.model import Qwen25VL
 
 
-def load_sharded(folder, dist_cfg, device, dtype, master=torch.float32, offload=False):
+def load_sharded(folder, dist_cfg, device, dtype, master=torch.float32, offload=False, empty=False):
     """The model of a folder, each rank holding its shard alone: no rank ever holds the whole.
 
     Args:
         dist_cfg: schema.Dist. device: "cpu" or "cuda", where it computes. dtype: of the blocks' computation.
-        master: of what is stored. offload: shards live on the CPU.
+        master: of what is stored. offload: shards live on the CPU. empty: see weights.load.
 
     Raises:
         UserError: see weights.fill, dist.mesh.
@@ -36,7 +36,8 @@ def load_sharded(folder, dist_cfg, device, dtype, master=torch.float32, offload=
         model = Qwen25VL(weights.read_config(folder)).to(master)
     shard(model, dist.mesh(device, dist_cfg.shard, dist_cfg.timeout_s), dtype, offload)
     model.to_empty(device="cpu" if offload else device)
-    weights.fill(model, folder)
+    if not empty:
+        weights.fill(model, folder)
     return model
 
 

@@ -132,8 +132,11 @@ def published_name(name):
     return name
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
+def load(folder, dtype=torch.float32, device="cpu", empty=False):
     """The whole model of a folder; the peak is the model and one tensor.
+
+    Args:
+        empty: read its config alone, for a model whose weights are about to come from elsewhere.
 
     Raises:
         UserError: see `fill`.
@@ -141,7 +144,8 @@ def load(folder, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Qwen25VL(read_config(folder)).to(dtype)
     model.to_empty(device=device)
-    fill(model, folder)
+    if not empty:
+        fill(model, folder)
     return model
 
 

@@ -303,8 +303,8 @@ def test_the_order_is_the_same_on_every_machine_and_in_every_version():
 class Words:
     """A processor that counts words."""
 
-    def count(self, row, captions):
-        return len(row.problem.split()) + len(row.caption.split()) * captions
+    def measure(self, row, captions):
+        return len(row.problem.split()) + len(row.caption.split()) * captions, 8
 
 
 class Numbers:
@@ -318,10 +318,10 @@ def test_rows_a_phase_cannot_train_on_are_dropped_and_counted():
     rows = [Row("one two", "1", caption="c"), Row("one two", "1"), Row("one two three four", "1", caption="c"),
             Row("one", "x", caption="c"), Row("one two", "1", caption="c d")]
     kept, dropped = select_rows(rows, Words(), True, 3, Numbers(), "phases.a")
-    assert kept == [rows[0]]
+    assert kept == [(rows[0], (3, 8))]
     assert dropped == {"no caption": 1, "prompt too long": 2, "gold answer fails against itself": 1}
     kept, dropped = select_rows(rows, Words(), False, 3, Numbers(), "phases.a")
-    assert kept == [rows[0], rows[1], rows[4]]
+    assert kept == [(rows[i], (2, 8)) for i in (0, 1, 4)]
     assert dropped == {"prompt too long": 1, "gold answer fails against itself": 1}
 
 

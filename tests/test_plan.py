@@ -216,7 +216,7 @@ def plan_3b(folder, *overrides, phase=-1):
     """The Plan of one of infi_mmr_3b's phases, its rows unknown."""
     cfg = config.load("infi_mmr_3b", overrides=[f"model={folder}", *overrides])
     where, model = machine(cfg), weights.read_config(folder)
-    longest = {name: plan.row_lengths(cfg, phase, None, None) for name, phase in cfg.phases.items()}
+    longest = {name: plan.find_longest(cfg, phase, None) for name, phase in cfg.phases.items()}
     return list(plan.make_plans(cfg, model, where, longest).values())[phase], cfg, model, where, longest
 
 
@@ -320,8 +320,8 @@ from nanolmmr1.reward import Judge
 cfg = config.load("single", overrides=sys.argv[1:])
 processor = Processor(cfg.model, cfg.prompt)
 with Judge(cfg.reward) as judge:
-    rows = setup.load_data(cfg, processor, judge, SimpleNamespace(note=print))[0]
-planned = plan.forecast(cfg, cfg.model, rows, processor)
+    sizes = setup.load_data(cfg, processor, judge, SimpleNamespace(note=print))[2]
+planned = plan.forecast(cfg, cfg.model, sizes)
 train.main(["single", *sys.argv[1:]])
 print(planned / 1e6, plan.compare(planned, "cpu"), sep="\\n")
 """

@@ -136,23 +136,24 @@ def test_templates_are_filled_by_text_not_by_format():
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("captions", [False, True])
-def test_the_count_is_the_length(processor, name, captions):
-    assert processor.count(ROWS[name], captions) == len(processor.prepare(ROWS[name], captions).ids)
+def test_what_is_measured_is_what_is_made(processor, name, captions):
+    prompt = processor.prepare(ROWS[name], captions)
+    assert processor.measure(ROWS[name], captions) == (len(prompt.ids), len(prompt.patches))
 
 
-def test_counting_decodes_no_pixel(processor):
+def test_measuring_decodes_no_pixel(processor):
     whole, header = Row("<image>", "2", [picture(500, 300)]), Row("<image>", "2", [picture(500, 300)[:200]])
-    assert processor.count(whole, False) == processor.count(header, False)
+    assert processor.measure(whole, False) == processor.measure(header, False)
     with pytest.raises(UserError, match="cannot be read"):
         processor.prepare(header, False)
 
 
 @pytest.mark.parametrize("source", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "mathvision"])
-def test_the_count_is_the_length_for_every_real_row(source):
+def test_every_real_row_is_made_as_it_is_measured(source):
     processor = Processor(TOKENIZER, PromptConfig(max_pixels=78_400))
     for row in load_rows(str(DATA / source)):
         prompt = processor.prepare(row, False)
-        assert processor.count(row, False) == len(prompt.ids), row.id
+        assert processor.measure(row, False) == (len(prompt.ids), len(prompt.patches)), row.id
         assert len(prompt.image_slots) * 4 == len(prompt.patches), row.id
 
 
@@ -172,7 +173,7 @@ def test_pictures_are_resized_once_to_multiples_of_28_within_the_limits(processo
 def test_the_text_of_a_special_token_is_refused(processor, problem, caption):
     row = Row(problem + " <image>", "2", [picture(30, 30)], caption, id="r7")
     with pytest.raises(UserError, match=r"row r7: (problem|caption) contains <\|"):
-        processor.count(row, True)
+        processor.measure(row, True)
 
 
 def test_markup_that_is_no_special_token_is_plain_problem_text(processor):
@@ -181,7 +182,7 @@ def test_markup_that_is_no_special_token_is_plain_problem_text(processor):
 
 def test_an_image_too_thin_is_refused_with_its_row(processor):
     row = Row("<image>", "2", [picture(2010, 10)], id="r8")
-    for use in (processor.count, processor.prepare):
+    for use in (processor.measure, processor.prepare):
         with pytest.raises(UserError, match="row r8: an image of 2010 x 10 pixels is too thin"):
             use(row, False)
     assert processor.image_grid(2000, 10) == (1, 2, 58)
@@ -229,7 +230,7 @@ def test_a_template_that_hides_the_images_is_refused(tmp_path):
     processor = Processor(folder, PromptConfig())
     assert processor.prepare(ROWS["no image"], False).text == "How much is 1+1?"
     with pytest.raises(UserError, match="row c: the chat template shows 0 of 3 images"):
-        processor.count(ROWS["three images"], False)
+        processor.measure(ROWS["three images"], False)
 
 
 def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path, processor):

@@ -214,16 +214,16 @@ def choosing(folder):
             return [dist.rank() == 0 or i > 0 for i in range(len(rows))]
 
     class Processor:
-        def count(self, row, captions):
-            return len(row.problem)
+        def measure(self, row, captions):
+            return len(row.problem), 0
 
-    rows, _ = setup.load_data(cfg, Processor(), Judge(), Display({}, quiet=True))
-    return [row.problem for row in rows["train"]]
+    rows, _, sizes = setup.load_data(cfg, Processor(), Judge(), Display({}, quiet=True))
+    return [[row.problem, *size] for row, size in zip(rows["train"], sizes["train"], strict=True)]
 
 
 def test_all_ranks_train_on_the_rows_that_one_has_chosen(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2"}\n')
-    assert run(2, choosing, str(tmp_path)) == [["a", "b"]] * 2
+    (tmp_path / "rows.jsonl").write_text('{"problem": "a", "answer": "1"}\n{"problem": "bb", "answer": "2"}\n')
+    assert run(2, choosing, str(tmp_path)) == [[["a", 1, 0], ["bb", 2, 0]]] * 2
 
 
 def sixteen_bits():
