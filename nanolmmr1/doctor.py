@@ -8,6 +8,7 @@ folder, it is that one, with the recipe's kernels, precision and engine settings
 they come, so that a crash shows where it came. Exit status: 0; 1 something failed; 2 the arguments are wrong.
 """
 
+import copy
 import io
 import os
 import sys
@@ -40,6 +41,7 @@ KERNEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest err
 LOGP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the mean absolute error, in nats
 SMALL = ["phases.train.data=none", "phases.train.max_prompt_tokens=256", "phases.train.max_response_tokens=64",
          "prompt.max_pixels=20000", "rollout.max_sequences=16", "rollout.timeout_s=100"]  # fmt: skip
+NEW_TOKENS = 24  # of a response
 
 
 class Skipped(Exception):
@@ -166,12 +168,16 @@ class Patient:
         if self.policy.cfg.rollout.engine != "vllm":
             installed("vllm")
         from nanolmmr1.rollout.vllm import VllmSampler
-        self.vllm = VllmSampler(self.policy, self.policy.cfg, self.folder)
+        cfg, needed = copy.deepcopy(self.policy.cfg), max(len(p.ids) for p in self.prompts) + NEW_TOKENS
+        cfg.rollout.tensor_parallel = 1  # there is one process
+        cfg.evaluate.max_prompt_tokens = max(cfg.evaluate.max_prompt_tokens, needed)  # room for the questions here
+        cfg.rollout.max_model_len = cfg.rollout.max_model_len and max(cfg.rollout.max_model_len, needed)
+        self.vllm = VllmSampler(self.policy, cfg, self.folder)
         return f"{len(self.vllm.tensors)} tensors read back"
 
     def sample(self, engine, part, count=2, temperature=1.0):
         """Whether the log-probs that come with responses are the trainer's. Keeps ids and these, (responses, L)."""
-        params = SamplingParams(count, 24, temperature, banned_ids=self.policy.banned_ids)
+        params = SamplingParams(count, NEW_TOKENS, temperature, banned_ids=self.policy.banned_ids)
         groups = getattr(self, engine).generate(self.prompts[part], params, [(0,), (1,), (2,)][part])
         responses = [r for group in groups for r in group.responses]
         self.ids, told = (torch.stack([getattr(r, name) for r in responses]) for name in ("ids", "logp"))

@@ -91,15 +91,18 @@ def numbers(text):
 
 @needs_vllm
 def test_weights_that_do_not_reach_vllm_are_noticed(tmp_path):
+    """With a recipe too small for the doctor's questions, and for more processes than the doctor is."""
     code = """
 import sys
 from nanolmmr1 import doctor
 from nanolmmr1.rollout import vllm
 load = vllm.VllmSampler.update
 vllm.VllmSampler.update = lambda self, weights, verify=False: load(self, weights) if not self.stats else None
-sys.exit(doctor.main([]))
+sys.exit(doctor.main(sys.argv[1:]))
 """
-    status, out, err = ask("-c", code, cwd=tmp_path)
+    recipe = ["desk", "rollout.engine=vllm", "rollout.tensor_parallel=2"]
+    recipe += ["defaults.max_prompt_tokens=40", "defaults.max_response_tokens=16"]
+    status, out, err = ask("-c", code, *recipe, cwd=tmp_path)
     rows, _ = table(out)
     assert status == 1, out + err
     assert [name for name, (result, *_) in rows.items() if result.startswith("failed")] == ["vllm new weights"]
