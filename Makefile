@@ -15,7 +15,7 @@ test-main: .venv/ready .venv/triton-3.6.0  ## all tests where there is no vLLM: 
 	$(BIN)/python -m pytest
 
 test-vllm: .venv-vllm/ready  ## those that need it
-	$(VLLM)/python -m pytest $(wildcard tests/test_vllm.py tests/test_server.py tests/test_doctor.py)
+	$(VLLM)/python -m pytest $(addprefix tests/test_,vllm.py server.py weight_transfer.py doctor.py)
 
 lint: .venv/ready
 	$(BIN)/ruff check --extend-exclude .venv-vllm .  # .gitignore would do, but only in a clone

@@ -24,7 +24,9 @@ from nanolmmr1 import config, weights
 from nanolmmr1.config import UserError
 from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Processor
+from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.server import ServerSampler
+from nanolmmr1.rollout.vllm_http import Lost, Server, responses
 from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
 
@@ -366,6 +368,18 @@ def test_a_run_whose_server_is_killed_ends_with_a_reason_and_a_checkpoint(real, 
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
     assert not (out / "summary.json").exists()
     assert run_here(*args, "rollout.engine=local")[0] == 0  # the checkpoint is good
+
+
+def test_an_answer_with_fewer_responses_than_were_asked_for_is_not_taken(prompts):
+    said = dict(weight_versions=[{"version": "1"}], finish_reason="length", token_ids=[5],
+                logprobs={"content": [{"logprob": -1.0}]})  # fmt: skip
+    answer = dict(choices=[said | {"index": i} for i in range(2)], prompt_token_ids=prompts[0].ids.tolist())
+    asked = SamplingParams(2, 1)
+    assert len(responses(answer, prompts[0], asked, Server("http://host"))[0]) == 2
+    for count, temperature in ((4, 1.0), (1, 1.0), (2, 0.0)):
+        with pytest.raises(Lost, match="http://host gave 2 of"):
+            responses(answer, prompts[0], dataclasses.replace(asked, num_responses=count, temperature=temperature),
+                      Server("http://host"))
 
 
 def test_what_is_no_server_is_refused_with_the_command_that_starts_one(connect):

@@ -52,7 +52,7 @@ class ServerSampler:
         UserError: a server does not answer, or does not sample from the policy's distribution.
     """
 
-    ranks, remembers = 1, False
+    ranks, remembers, pool_bytes = 1, False, 0
 
     @property
     def dtype(self):
@@ -97,19 +97,21 @@ class ServerSampler:
         """Hand new weights over to all servers, unless rollout.server_weights=fixed.
 
         Args:
-            weights: iterable of (published name, whole tensor), used once.
+            weights: iterable of (published name, whole tensor); walked to its end in any case, since other ranks do so
+                too.
 
         Raises:
             UserError: a server is lost or refuses them, or it takes longer than rollout.timeout_s.
         """
         if self.fixed:
             return
-        began = time.perf_counter()
+        began, weights = time.perf_counter(), iter(weights)
         self.updates += 1
-        if dist.is_main():
-            self.transfer = self.transfer or WeightTransfer(self.policy, self.servers, self.cfg.rollout.timeout_s)
-            self.transfer.send(weights, self._salt())
-        else:
+        try:
+            if dist.is_main():
+                self.transfer = self.transfer or WeightTransfer(self.policy, self.servers, self.cfg.rollout.timeout_s)
+                self.transfer.send(weights, self._salt())
+        finally:
             for _ in weights:  # gathering them takes all ranks
                 pass
         for server in self.servers:
@@ -122,8 +124,8 @@ class ServerSampler:
     def generate(self, prompts, params, seeds, advance=lambda n: None):
         """One group a prompt, in order; as LocalSampler's, but the same seeds draw other tokens.
 
-        All prompts are in flight at once, up to rollout.max_sequences responses a server. Over after
-        rollout.timeout_s, one way or the other.
+        All prompts are in flight at once, up to rollout.max_sequences responses of each rank a server. Over after
+        rollout.timeout_s, one way or the other; that a server lets some wait counts.
 
         Raises:
             UserError: a prompt is refused, no server is left for rollout.server_wait_s, or time is up.
@@ -260,7 +262,7 @@ class ServerSampler:
         flags = ["--enable-scale-out", "--no-mm-device-do-normalize"]
         if on_cpu:  # why: see vllm.py
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-            options["max-num-batched-tokens"] = max(2048, self.longest)
+            options["max-num-batched-tokens"] = max(2048, self.longest, rollout.max_sequences)
         if not self.fixed:
             options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
         words = [*start, *flags, *(word for key, value in options.items() for word in (f"--{key}", value))]

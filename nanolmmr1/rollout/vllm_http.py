@@ -172,6 +172,8 @@ def responses(answer, prompt, params, server):
         raise Lost(f"{server.url} sampled from weights {sorted(versions)}, not {server.version!r}: was it restarted?")
     if ends := {choice["finish_reason"] for choice in choices} - {"stop", "length"}:
         raise Lost(f"{server.url} ended a response by {sorted(ends)}")
+    if len(choices) != (asked := params.num_responses if params.temperature else 1):
+        raise Lost(f"{server.url} gave {len(choices)} of {asked} responses")
     made = []
     for choice in choices:
         logp = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])

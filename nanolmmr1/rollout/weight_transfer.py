@@ -3,15 +3,17 @@
 The servers listen on routes that VLLM_SERVER_DEV_MODE=1 opens, and were started with --weight-transfer-config.
 """
 
+import contextlib
+import ipaddress
 import socket
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 
 import torch
 
 from nanolmmr1.config import UserError
-from nanolmmr1.rollout.vllm_http import CONNECT_S
+from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused
 
 
 class WeightTransfer:
@@ -28,7 +30,7 @@ class WeightTransfer:
 
     def __init__(self, policy, servers, timeout_s):
         self.policy, self.servers, self.timeout_s, self.weights, self.version = policy, servers, timeout_s, (), ""
-        self.pool = ThreadPoolExecutor(len(servers))
+        self.pool, self.pulling = ThreadPoolExecutor(len(servers)), threading.Lock()
         self.engine = self._in_time(self._connect)
 
     def send(self, weights, version):
@@ -37,7 +39,7 @@ class WeightTransfer:
         Raises:
             UserError: a server is lost or refuses, or it takes too long.
         """
-        self.weights, self.version = weights, version
+        self.weights, self.version = iter(weights), version
         self._in_time(self.engine.send_weights)
 
     def _connect(self):
@@ -48,25 +50,40 @@ class WeightTransfer:
             )
         except ImportError as error:
             raise UserError("rollout.server_weights=nccl needs vLLM here too: pip install 'nanolmmr1[vllm]'") from error
-        # The address by which the servers see this host is the one from which it reaches them.
-        with socket.create_connection((self.servers[0].host, self.servers[0].port), CONNECT_S) as line:
-            address = line.getsockname()[0]
+        address = self._address()
         with socket.create_server((address, 0)) as free:
             port = free.getsockname()[1]
         ranks = 1 + sum(server.gpus for server in self.servers)
         return NCCLTrainerWeightTransferEngine.trainer_init(
-            NCCLTrainerInitInfo(address, port, ranks, rank=0), client=self, source=self)
+            # Not packed: packing reads the tensors on streams of its own, which do not wait for what gathers them.
+            NCCLTrainerInitInfo(address, port, ranks, rank=0, packed=False), client=self, source=self)
+
+    def _address(self):
+        """The address by which the servers see this host: the one from which it reaches them."""
+        seen = []
+        for server in self.servers:
+            try:
+                with socket.create_connection((server.host, server.port), CONNECT_S) as line:
+                    seen.append(line.getsockname()[0])
+            except OSError as error:
+                raise UserError(f"{server.url} cannot be reached: {error}") from error
+        # A server on this very host can use the address that the others need, but not the other way round.
+        return next((address for address in seen if not ipaddress.ip_address(address).is_loopback), seen[0])
 
     def _in_time(self, work):
         """The result of `work`, in a thread that can be left behind: a broadcast that one server misses never ends."""
-        future = Future()
+        future, device = Future(), torch.cuda.current_device()  # where a new thread does not begin
+        self.outcome = future
 
         def run():
             try:
-                torch.cuda.set_device(self.policy.device)
-                future.set_result(work())
+                torch.cuda.set_device(device)
+                result = work()
             except BaseException as error:
-                future.set_exception(error)
+                self._fail(error)
+            else:
+                with contextlib.suppress(InvalidStateError):
+                    future.set_result(result)
 
         threading.Thread(target=run, daemon=True).start()
         try:
@@ -74,14 +91,35 @@ class WeightTransfer:
         except UserError:
             raise
         except TimeoutError as error:
+            self._fail(error)
             raise UserError(f"the weight hand-over took longer than rollout.timeout_s={self.timeout_s:g} seconds: is "
                             "one of rollout.servers out of reach?") from error
+        except (Lost, Refused) as error:
+            raise UserError(f"the weight hand-over failed: {error}") from error
         except Exception as error:
             raise UserError(f"the weight hand-over failed: {type(error).__name__}: {error}") from error
+        finally:
+            with self.pulling:
+                pass  # a thread left behind has done with the tensor it was at
 
     def _tell(self, path, bodies):
         deadline = time.monotonic() + self.timeout_s
-        list(self.pool.map(lambda server, body: server.ask(path, deadline, body), self.servers, bodies))
+
+        def ask(server, body):
+            try:
+                server.ask(path, deadline, body)
+            except Exception as error:  # the other servers, and NCCL here, would wait for this one
+                self._fail(error)
+                for each in self.servers:
+                    each.hang_up()
+                raise
+
+        list(self.pool.map(ask, self.servers, bodies))
+
+    def _fail(self, error):
+        """End what `_in_time` waits for; what came first is what is told."""
+        with contextlib.suppress(InvalidStateError):
+            self.outcome.set_exception(error)
 
     # vLLM's VLLMWeightSyncClient
     def init_weight_transfer_engine(self, init_info):
@@ -108,4 +146,10 @@ class WeightTransfer:
         return [ParamMeta(name, self.policy.dtype, tuple(p.shape)) for name, p in named]
 
     def __iter__(self):
-        return ((name, tensor.to(self.policy.dtype)) for name, tensor in self.weights)
+        while True:
+            with self.pulling:
+                # Once given up, what is left is for the thread that waited.
+                named = None if self.outcome.done() else next(self.weights, None)
+            if named is None:
+                return
+            yield named[0], named[1].to(self.policy.dtype)
