@@ -79,6 +79,8 @@ def resolve(cfg):
              f".objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1"),
             (0 < dual <= 1, f".objective.clip_ratio_dual={dual}: more than 1, or 0 for off"),
             (phase.top_p > 1, f".top_p={phase.top_p}: at most 1"),
+            (cfg.rollout.engine != "local" and 0 < phase.temperature < 0.01,
+             f".temperature={phase.temperature}: vLLM would sample at 0.01"),
             (cap and not floor <= 1 <= cap, f".objective.tis_floor={floor}, tis_cap={cap}: 1 must lie between, the "
              "weight of a token that the sampler and the policy agree on; or tis_cap=0 for off"),
             (not cap and (floor or mode != "token_truncate"), f".objective.tis_mode={mode}, tis_floor={floor} do "

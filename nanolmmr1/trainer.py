@@ -36,8 +36,8 @@ class Progress:
     phase_step: int = 0
     step: int = 0  # over all phases
     cursor: int = 0  # rows of the phase taken so far
-    bad_steps: int = 0  # non-finite steps in a row
-    skipped_steps: int = 0  # non-finite steps in all
+    bad_steps: int = 0  # steps in a row of whose updates all were non-finite
+    skipped_steps: int = 0  # steps with a non-finite update, in all
     wall_s: float = 0.0
     metric_lines: int = 0
     finished: str = ""  # the last phase that was evaluated
@@ -254,7 +254,7 @@ class Trainer:
 
     def learn(self, updates, rollout):
         """One optimiser step per update; returns what `account` reports of them."""
-        phase, sums, norms = self.phase, {}, []
+        phase, sums, norms, made = self.phase, {}, [], []
         lr = learning_rate(phase, self.cfg.optim, self.progress.phase_step)
         parts = _parts(torch.arange(len(rollout.lengths)).view(len(rollout.groups), -1), len(updates))
         for packs, part in zip(updates, parts, strict=True):
@@ -262,23 +262,26 @@ class Trainer:
             rollout.weight[own] = token_weights(
                 rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
             )
-            told = 0.0
+            told, logps = 0.0, []
             for pack in packs:
                 if not norms:  # later, some of the step's updates are made: it must be finished
                     self.halt()
                 stats = self.policy.learn(
                     pack, rollout.tokens(pack, self.policy.device), phase.objective, phase.temperature
                 )
-                logp = stats.pop("logp")
-                if rollout.old_logp is None:
-                    rollout.first_logp[pack.where] = logp.cpu()
-                told = told + torch.stack([*stats.values()]).double()  # where they are: nothing waits for the device
+                # Kept where they are: nothing waits for the device before the last pack.
+                logps.append((pack.where, stats.pop("logp")))
+                told = told + torch.stack([*stats.values()]).double()
             told = dict(zip(stats, dist.total(told.cpu()).tolist(), strict=True))
+            if rollout.old_logp is None:
+                for where, logp in logps:
+                    rollout.first_logp[where] = logp.cpu()
             norm, updated = self.policy.apply(lr, told["loss"])
             norms.append(norm)
+            made.append(updated)
             sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
-            self.progress.bad_steps = 0 if updated else self.progress.bad_steps + 1
-            self.progress.skipped_steps += not updated
+        self.progress.bad_steps = 0 if any(made) else self.progress.bad_steps + 1
+        self.progress.skipped_steps += not all(made)
         if rollout.old_logp is None:
             dist.total(rollout.first_logp)
         return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
@@ -287,17 +290,8 @@ class Trainer:
         """Give the sampler the new weights. Returns what went wrong, on all ranks, or None."""
         names = self.policy.trained if self.sampler.remembers else None
         weights = published(self.policy.model, self.sampler.dtype, names)
-
-        def update():
-            try:
-                self.sampler.update(weights)
-            except UserError:
-                for _ in weights:  # the other ranks are gathering them
-                    pass
-                raise
-
         try:
-            dist.together(update)
+            dist.together(lambda: self.sampler.update(weights))
         except UserError as failed:
             return failed
         return None

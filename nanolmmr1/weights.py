@@ -214,7 +214,8 @@ def published(model, dtype=None, names=None):
     """(published name, whole tensor) of all weights, one after another, for whoever takes the model over.
 
     Sharded weights are gathered when their turn comes, consecutive ones by one collective of at most BUCKET_BYTES, so
-    all ranks have to walk through all of it. What is given may be the model's own memory.
+    all ranks have to walk through all of it. What is given may be the model's own memory, and lies where the model
+    computes even if its shards are offloaded.
     A head tied to the embedding is the embedding, and comes once, under that name.
 
     Args:
@@ -230,7 +231,8 @@ def published(model, dtype=None, names=None):
             yield from _gather(bucket, *held, dtype)
             bucket, size = [], 0
         if kind is None:
-            yield name, (p.full_tensor() if isinstance(p, DTensor) else p).to(dtype or p.dtype)
+            whole = p.full_tensor().to(p.device_mesh.device_type) if isinstance(p, DTensor) else p
+            yield name, whole.to(dtype or p.dtype)
         else:
             bucket.append((name, p))
             held, size = kind, size + nbytes

@@ -1,5 +1,7 @@
 """A whole world of 48 tokens for tests of the loop: a step takes milliseconds, and nothing is read from disk."""
 
+import contextlib
+
 import torch
 
 from nanolmmr1 import dist, shard
@@ -12,6 +14,7 @@ from nanolmmr1.prompt import Prompt
 from nanolmmr1.rollout.local import LocalSampler
 from nanolmmr1.schema import Objective, Phase, Recipe
 from nanolmmr1.trainer import Trainer
+from nanolmmr1.watch import Preempted
 
 VOCABULARY, STOP, BANNED = 48, 2, (0, 1)
 
@@ -75,6 +78,20 @@ class SmallJudge:
     def score(self, pairs):
         rewards = [float(self.rule([int(word) for word in text.split()], int(row["problem"]))) for text, row in pairs]
         return [{"overall": reward, "accuracy": reward, "format": 1.0, "timeout": 0} for reward in rewards]
+
+
+class Bell:
+    """A watch that has been told to stop, or not yet."""
+
+    def __init__(self, stopping=False):
+        self.stopping = stopping
+
+    def check(self):
+        if self.stopping:
+            raise Preempted
+
+    stage = staticmethod(lambda name, step: contextlib.nullcontext())
+    pack = staticmethod(lambda: None)
 
 
 class RecordingSampler(LocalSampler):

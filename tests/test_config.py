@@ -192,6 +192,12 @@ def test_a_wrong_value_is_named_with_what_is_wanted(override):
     assert WRONG[override] in str(error.value)
 
 
+def test_a_temperature_that_vllm_would_raise_is_refused():
+    assert single("phases.train.temperature=0.005").phases["train"].temperature == 0.005
+    with pytest.raises(UserError, match=r"phases.train.temperature=0.005: vLLM would sample at 0.01"):
+        single("phases.train.temperature=0.005", "rollout.engine=vllm")
+
+
 def test_importance_weights_are_on_for_another_engine_and_off_for_our_own():
     for engine, cap in (("local", 0.0), ("vllm", 2.0)):
         objective = single(f"rollout.engine={engine}").phases["train"].objective

@@ -1,13 +1,12 @@
 """One rank is as good as many: the same steps on 1, 2 and 4 processes, wherever groups and pictures fall."""
 
-import contextlib
 import json
 import random
 
 import pytest
 import ranks
 import torch
-from small import BANNED, RecordingSampler, small_model, small_recipe, small_trainer
+from small import BANNED, Bell, RecordingSampler, small_model, small_recipe, small_trainer
 from torch.distributed.tensor.debug import CommDebugMode
 
 from nanolmmr1 import dist, setup, shard, weights
@@ -252,20 +251,6 @@ def sixteen_bits():
 def test_sixteen_bit_gradients_are_as_good_sharded_as_whole():
     for sharded, whole, unrounded in run(2, sixteen_bits):
         assert 1e-4 < sharded <= 1.5 * whole and unrounded
-
-
-class Bell:
-    """A watch that has been told to stop."""
-
-    def __init__(self, stopping):
-        self.stopping = stopping
-
-    def check(self):
-        if self.stopping:
-            raise Preempted
-
-    stage = staticmethod(lambda name, step: contextlib.nullcontext())
-    pack = staticmethod(lambda: None)
 
 
 def trouble(folder, kind):

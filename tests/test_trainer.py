@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from small import samples, share_of_even, small_model, small_trainer
+from small import Bell, samples, share_of_even, small_model, small_trainer
 
 from nanolmmr1.config import UserError
 from nanolmmr1.metrics import read_lines
 from nanolmmr1.objective import group_advantages
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.trainer import Progress
+from nanolmmr1.watch import Preempted
 
 DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std actor/pg_loss
     actor/kl_loss actor/entropy actor/ppo_kl actor/pg_clipfrac_higher actor/pg_clipfrac_lower
@@ -263,6 +264,49 @@ def test_non_finite_steps_are_skipped_counted_and_after_a_few_the_end(tmp_path):
     with pytest.raises(UserError, match="2 steps in a row had a non-finite"):
         trainer.step()
     assert trainer.progress.step == len(read_lines(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_a_step_of_several_updates_is_bad_only_if_all_of_them_are(tmp_path):
+    trainer = small_trainer(tmp_path, phase={"updates_per_rollout": 4}, optim={"max_bad_steps": 2})
+    learn, calls = trainer.policy.learn, []
+
+    def now_and_then(*args):
+        calls.append(1)
+        stats = learn(*args)
+        return stats | {"loss": stats["loss"] * float("nan")} if len(calls) in bad else stats
+
+    trainer.policy.learn = now_and_then
+    bad = {2, 3, 4, *range(5, 9)}
+    record = trainer.step()
+    assert (record["actor/skipped_steps"], trainer.progress.bad_steps) == (1, 0)  # the first update was made
+    trainer.step()
+    assert (trainer.progress.skipped_steps, trainer.progress.bad_steps) == (2, 1)
+    trainer.step()
+    assert (trainer.progress.skipped_steps, trainer.progress.bad_steps) == (2, 0)
+
+
+def test_a_step_is_given_up_before_its_first_update_and_not_after_it(tmp_path):
+    watch = Bell()
+    budget = {"tokens_per_micro_batch": 30}
+    trainer = small_trainer(tmp_path, watch=watch, pack=budget, phase={"updates_per_rollout": 2})
+    score, apply = trainer.policy.score, trainer.policy.apply
+
+    def told_while(work, calls):
+        def told(*args):
+            calls.append(1)
+            watch.stopping = True
+            return work(*args)
+
+        return told
+
+    trainer.policy.score = told_while(score, scored := [])
+    with pytest.raises(Preempted):
+        trainer.step()
+    assert len(scored) == 1 and trainer.progress.step == 0
+    watch.stopping, trainer.policy.score = False, score
+    trainer.policy.apply = told_while(apply, applied := [])
+    record = trainer.step()
+    assert len(applied) == 2 and record["pack/micro_batches"] > 3 and trainer.progress.step == 1
 
 
 def test_a_row_that_comes_again_gets_other_responses(tmp_path):

@@ -19,6 +19,7 @@ from test_rollout import ROWS, ids, params, seeds
 
 from nanolmmr1 import config, weights
 from nanolmmr1.config import UserError
+from nanolmmr1.data import Row
 from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.policy import Policy
@@ -196,6 +197,17 @@ def test_after_a_hand_over_the_engine_says_what_the_new_weights_say(engine, poli
 
 
 @needs_vllm
+def test_cached_prompts_are_read_anew_after_a_hand_over(engine, policy, processor):
+    problem = "How much is " + " + ".join(map(str, range(32))) + "?"
+    long = [processor.prepare(Row(problem, "496", id="long"), False)]
+    assert len(long[0].ids) > 128  # a block of vLLM's cache on a CPU; shorter prompts are cached nowhere
+    said = [assert_greedy_is_ours(engine, policy, long) for _ in range(2)]
+    shake(policy.model, 5)
+    engine.update(weights.published(policy.model), verify=True)
+    assert assert_greedy_is_ours(engine, policy, long) != said[0] == said[1]
+
+
+@needs_vllm
 def test_sleeping_and_waking_change_nothing(engine, policy, prompts):
     said = assert_greedy_is_ours(engine, policy, prompts)
     engine.sleep()
@@ -223,7 +235,7 @@ def test_a_hand_over_is_whole_or_the_run_stops(engine, policy, prompts):
 def test_a_tensor_that_did_not_arrive_is_noticed(engine, policy, monkeypatch):
     """The tied head on a CPU is the one that vLLM leaves behind: once this fails, so may our cure go."""
     shake(policy.model, 2)
-    monkeypatch.setattr("nanolmmr1.rollout.vllm._repack_tied_head", lambda model: None)
+    monkeypatch.setattr("nanolmmr1.rollout.vllm.repack_tied_head", lambda model: None)
     with pytest.raises(UserError, match="1 of the engine's 43 tensors .* language_model.lm_head.weight"):
         engine.update(weights.published(policy.model), verify=True)
     monkeypatch.undo()

@@ -219,6 +219,14 @@ def test_a_folder_is_found_and_what_is_neither_folder_nor_hub_id_is_refused(tmp_
         weights.find("no/such/folder")
 
 
+def test_offloaded_shards_are_handed_over_where_the_model_computes(sharded_weight, monkeypatch):
+    """On one rank too, where nothing is gathered. `meta` stands for the GPU."""
+    model = torch.nn.ParameterDict({"weight": sharded_weight})
+    monkeypatch.setattr(type(sharded_weight.device_mesh), "device_type", "meta")
+    ((_, given),) = weights.published(model, torch.bfloat16)
+    assert (given.device.type, given.dtype, given.shape) == ("meta", torch.bfloat16, (7, 4))
+
+
 def test_ranks_read_hand_over_and_write_what_one_process_does(tied, tmp_path):
     """4 ranks, over all of them and as 2 hosts of 2: with more ranks than rows, and rows that they cannot share."""
     folder, _ = tied

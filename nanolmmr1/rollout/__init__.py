@@ -3,8 +3,8 @@
 A sampler has five verbs: `generate(prompts, params, seeds, advance) -> groups`, `update(weights)`, `sleep()`, `wake()`
 and `close()`. And it tells: `stats`, numbers of its own for a step's record; `dtype`, in which it wants weights, None:
 as they are stored; `remembers`, whether weights that did not change need not be given again; `ranks`, how many
-neighbouring ranks are one engine and must be given the same prompts. `advance(n)` is told that n more prompts are done,
-and 0 between two tokens, when it may raise Preempted.
+neighbouring ranks are one engine and must be given the same prompts; `pool_bytes`, of the GPU's memory that is its own,
+asleep or not. `advance(n)` is told that n more prompts are done, and 0 between two tokens, when it may raise Preempted.
 
 A group is a prompt with its G responses. It stays one object from here to the gradient, so the
 prompt and its pictures need go through the model only once.

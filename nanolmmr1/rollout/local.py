@@ -28,7 +28,7 @@ class LocalSampler:
         max_sequences: responses decoded together; bounds the KV cache.
     """
 
-    ranks, dtype, remembers = 1, None, True
+    ranks, dtype, remembers, pool_bytes = 1, None, True, 0
 
     def __init__(self, policy, max_sequences=256):
         self.policy = policy

@@ -5,14 +5,16 @@ with, so neither tokenizer nor image processor of the engine can disagree with o
 weights; what it samples from is what `update` streamed into it, tensor by tensor, and the first time all of its
 tensors are read back and compared.
 
-On a GPU the engine sleeps between rollouts: weights and cache are dropped, not copied to the host, and the next
-rollout streams the weights in anew. Written against vLLM 0.32.
+On a GPU the engine sleeps between a rollout and the hand-over that follows: its weights and cache are dropped, not
+copied to the host. Written against vLLM 0.32.
+
+Next: vllm_tensors.py, where our tensors lie in the engine; vllm_input.py, what it is told.
 """
 
+import contextlib
 import hashlib
 import os
 import time
-import zlib
 
 import numpy as np
 import torch
@@ -20,12 +22,11 @@ import torch
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
+from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, engine_tensor, read, repack_tied_head
 from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
 
 TESTED = "0.32"
-EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # engine's -> published
 CPU_CACHE_BYTES = 4 << 30
 
 
@@ -47,13 +48,12 @@ class VllmSampler:
         self.asleep, self.stats, self.calls = set(), {}, 0
         parts = [*cfg.phases.values(), cfg.evaluate]
         self.max_len = cfg.rollout.max_model_len or max(p.max_prompt_tokens + p.max_response_tokens for p in parts)
-        set_num_threads = torch.set_num_threads
+        args, set_num_threads = self._engine_args(folder), torch.set_num_threads
         try:
-            # As vLLM's own offline class asks: defaults for throughput rather than latency.
-            context = vllm.usage.usage_lib.UsageContext.LLM_CLASS
-            self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(folder)), context)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(f"vLLM could not start: {_reason(error)}{self._held()}") from error
+            with self._failing_at("starting"):
+                # As vLLM's own offline class asks: defaults for throughput rather than latency.
+                context = vllm.usage.usage_lib.UsageContext.LLM_CLASS
+                self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args), context)
         finally:
             torch.set_num_threads = set_num_threads  # on a CPU vLLM replaces it by a function that does nothing
         self.merge = self.engine.model_config.hf_config.vision_config.spatial_merge_size
@@ -90,7 +90,8 @@ class VllmSampler:
             args |= dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=True)
         else:
             # A prompt cut between two steps rewinds its seeded generator, which 0.32 cannot do on a CPU: so cut none.
-            args |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(2048, self.max_len))
+            most = max(2048, self.max_len, rollout.max_sequences)
+            args |= dict(enable_chunked_prefill=False, max_num_batched_tokens=most)
             row = 2 * model.num_key_value_heads * model.head_dim * self.policy.dtype.itemsize
             tokens = rollout.max_sequences * (self.max_len + 256)  # a sequence's last block is partly empty
             args["kv_cache_memory_bytes"] = min(tokens * model.num_hidden_layers * row, CPU_CACHE_BYTES)
@@ -111,32 +112,40 @@ class VllmSampler:
         self.calls += 1
         waiting, done = {}, {}
         try:
-            for b, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-                for g in range(G):
-                    waiting[f"{self.calls}-{b}-{g}"] = b, g
-                    self.engine.add_request(f"{self.calls}-{b}-{g}", request, _params(params, (*seed, g)))
-            while waiting:
-                if self._agree(time.monotonic() - began > timeout):
-                    raise UserError(f"vLLM had {len(waiting)} responses unfinished after rollout.timeout_s={timeout:g} "
-                                    "seconds: raise it, or lower max_response_tokens")
-                stop = None
-                try:
-                    advance(0)
-                except Preempted as told:
-                    stop = told
-                if self._agree(stop is not None):
-                    raise stop or Preempted
-                for output in self.engine.step():
-                    b, g = waiting.pop(output.request_id)
-                    done[b, g] = _response(output, prompts[b])
-                    advance(int(all((b, other) in done for other in range(G))))
-        except (UserError, Preempted):
-            raise
-        except Exception as error:  # whatever it is, the run must end with a checkpoint and a reason
-            raise UserError(f"vLLM failed while sampling: {_reason(error)}{self._held()}") from error
+            with self._failing_at("sampling"):
+                for b, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+                    for g in range(G):
+                        waiting[f"{self.calls}-{b}-{g}"] = b, g
+                        self.engine.add_request(f"{self.calls}-{b}-{g}", request, _params(params, (*seed, g)))
+                while waiting:
+                    if self._agree(time.monotonic() - began > timeout):
+                        raise UserError(f"vLLM had {len(waiting)} responses unfinished after rollout.timeout_s="
+                                        f"{timeout:g} seconds: raise it, or lower max_response_tokens")
+                    stop = None
+                    try:
+                        advance(0)
+                    except Preempted as told:
+                        stop = told
+                    if self._agree(stop is not None):
+                        raise stop or Preempted
+                    for output in self.engine.step():
+                        b, g = waiting.pop(output.request_id)
+                        done[b, g] = _response(output, prompts[b])
+                        if all((b, other) in done for other in range(G)):
+                            advance(1)  # never 0 here, where a rank would stop without its engine's others
         finally:
             self.engine.abort_request(list(waiting))
         return [Group(prompt, [done[b, g] for g in range(G)]) for b, prompt in enumerate(prompts)]
+
+    @contextlib.contextmanager
+    def _failing_at(self, work):
+        """Whatever goes wrong in the engine, the run must end with a checkpoint and a reason."""
+        try:
+            yield
+        except (UserError, Preempted):
+            raise
+        except Exception as error:
+            raise UserError(f"vLLM failed while {work}: {_reason(error)}{self._held()}") from error
 
     def _agree(self, flag):
         """Whether the flag is set on some rank of this engine: none may leave the others inside a step."""
@@ -176,13 +185,24 @@ class VllmSampler:
         """Stream new weights into the engine, in place, and forget what it cached under the old ones.
 
         Args:
-            weights: iterable of (published name, whole tensor); used once, and no more than a layer's are held.
+            weights: iterable of (published name, whole tensor); walked to its end in any case, since other ranks do so
+                too, and no more than a layer's are held.
             verify: read the engine's tensors back and compare; always done the first time.
 
         Raises:
-            UserError: a tensor is missing, comes twice or has no place in the engine, or differs when read back.
+            UserError: a tensor is missing, comes twice or has no place in the engine, or differs when read back; or
+                the engine failed.
         """
-        began, verify = time.perf_counter(), verify or "handover_s" not in self.stats
+        began, verify, weights = time.perf_counter(), verify or "handover_s" not in self.stats, iter(weights)
+        try:
+            with self._failing_at("taking new weights"):
+                self._load(weights, verify)
+        finally:
+            for _ in weights:
+                pass
+        self.stats["handover_s"] = time.perf_counter() - began
+
+    def _load(self, weights, verify):
         if "weights" in self.asleep:
             self.engine.wake_up(["weights"])
             self.asleep = {"kv_cache"}
@@ -195,7 +215,7 @@ class VllmSampler:
                 if part in parts or target not in self.tensors:
                     raise UserError(f"{name} {'came twice' if part in parts else 'has no place in the engine'}: is the "
                                     "recipe's model the one that is trained?")
-                parts[part] = _column(target, tensor).to(self.policy.dtype, copy=True) if verify else None
+                parts[part] = column(target, tensor).to(self.policy.dtype, copy=True) if verify else None
                 yield name, tensor
 
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": watched()})
@@ -203,11 +223,10 @@ class VllmSampler:
         if missing := sorted(partial | (self.tensors - given.keys())):
             raise UserError(f"{len(missing)} of the engine's {len(self.tensors)} tensors were not handed over, or in "
                             f"part, {missing[0]} first: is the recipe's model the one that is trained?")
-        self.engine.apply_model(_repack_tied_head)
+        self.engine.apply_model(repack_tied_head)
         if verify:
             self._verify({target: torch.cat([parts[i] for i in sorted(parts)]) for target, parts in given.items()})
         self._reset_caches()
-        self.stats["handover_s"] = time.perf_counter() - began
 
     def _verify(self, expected):
         """Compare a column of every engine tensor with the trainer's, bit by bit; of spread ones, vectors alone."""
@@ -215,11 +234,11 @@ class VllmSampler:
 
         def differing(model):
             if HEAD not in expected:
-                expected[HEAD] = _column(HEAD, model.get_parameter(EMBED))  # tied
-            for target, column in expected.items():
-                if spread and model.get_parameter(target).shape != column.shape:
+                expected[HEAD] = column(HEAD, model.get_parameter(EMBED))  # tied
+            for target, wanted in expected.items():
+                if spread and model.get_parameter(target).shape != wanted.shape:
                     continue
-                if not torch.equal(_read(model, target)[: len(column)], column):  # the vocabulary may be padded
+                if not torch.equal(read(model, target)[: len(wanted)], wanted):  # the vocabulary may be padded
                     yield target
 
         if wrong := self.engine.apply_model(lambda model: list(differing(model)))[0]:
@@ -227,21 +246,27 @@ class VllmSampler:
                             f"trainer's, {wrong[0]} first")
 
     def wake(self):
-        """Take the engine's memory back: weights, then cache. Weights that were dropped are streamed in anew."""
+        """Take the engine's memory back: weights, then cache. Weights dropped and not replaced are streamed in anew."""
         if "weights" in self.asleep:
             self.update(published(self.policy.model, self.dtype))
         if self.asleep:
-            self.engine.wake_up(["kv_cache"])
+            with self._failing_at("waking up"):
+                self.engine.wake_up(["kv_cache"])
             self.asleep = set()
 
     def sleep(self):
         """Give the GPU's memory to the trainer. A CPU has nothing to give; there, only the caches are emptied."""
         self._reset_caches()
         if self.on_gpu:
-            self.engine.sleep(level=2)  # level 1 would keep a copy of the weights in the host's memory
+            with self._failing_at("going to sleep"):
+                self.engine.sleep(level=2)  # level 1 would keep a copy of the weights in the host's memory
             self.asleep = {"weights", "kv_cache"}
             free, total, trainer, _ = self._memory()
             self.stats["left_asleep_mb"] = (total - free - trainer) / 2**20  # contexts, graphs, other processes
+
+    @property
+    def pool_bytes(self):
+        return self._memory()[3] if self.on_gpu else 0
 
     def close(self):
         """End the engine, and with it the process group, whoever began it: that is what 0.32 does."""
@@ -266,43 +291,6 @@ class VllmSampler:
         free, total, trainer, pool = (f"{size / 2**30:.1f}" for size in self._memory())
         return (f" ({free} of {total} GB are free; the trainer holds {trainer}, the engine's pool {pool}; if that "
                 "is why, lower rollout.gpu_memory_utilization, rollout.max_sequences or pack.tokens_per_micro_batch)")
-
-
-def engine_tensor(name):
-    """The engine's tensor that holds a published one, and its place among those fused there."""
-    if name.startswith(("model.", "lm_head.")):
-        name = f"language_model.{name}"
-    path, layer, kind = name.rsplit(".", 2)
-    for fused, parts in FUSED.items():
-        if layer in parts:
-            return f"{path}.{fused}.{kind}", parts.index(layer)
-    return name, 0
-
-
-def _column(target, tensor):
-    """What is compared of a tensor: one column, chosen by name, or all of a vector."""
-    matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
-    return matrix[:, zlib.crc32(target.encode()) % matrix.shape[1]]
-
-
-def _read(model, target):
-    """The same column of the engine's tensor."""
-    path, kind = target.rsplit(".", 1)
-    module = model.get_submodule(path)
-    tensor = getattr(module, kind)
-    if kind != "weight" or target == EMBED or not hasattr(module, "cpu_linear"):
-        return _column(target, tensor)
-    # On a CPU a weight is packed for its matrix product and kept in no other form. A unit vector times it is exact.
-    unit = tensor.new_zeros(1, module.embedding_dim if target == HEAD else module.input_size_per_partition)
-    _column(target, unit).fill_(1)
-    return module.cpu_linear(unit, tensor, None)[0]
-
-
-def _repack_tied_head(model):
-    """On a CPU a tied head packs a copy of the embedding, and vLLM 0.32 forgets that copy when it reloads weights."""
-    head = model.language_model.lm_head
-    if hasattr(head, "cpu_linear") and head.weight is model.get_parameter(EMBED):
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _params(params, seed):
@@ -347,4 +335,6 @@ def _import(untested):
 
 
 def _reason(error):
+    if hasattr(error, "errors"):  # of pydantic; its text begins with how many there are
+        return "; ".join(each["msg"] for each in error.errors())
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}"
