@@ -71,8 +71,9 @@ def train(cfg, device):
     processor = Processor(folder, cfg.prompt)
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
-        rows, tasks, sizes = setup.load_data(cfg, processor, judge, display)
-        planned = plan.forecast(cfg, folder, sizes) if dist.is_main() else None
+        with watch.stage("load_data"):
+            rows, tasks, sizes = setup.load_data(cfg, processor, judge, display)
+        planned = dist.on_main(lambda: plan.forecast(cfg, folder, sizes))
         policy = setup.load_policy(cfg, folder, device, processor, empty=bool(latest))
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
@@ -101,9 +102,10 @@ def train(cfg, device):
             moment = f"{name} {progress.phase_step}"
             if tasks and is_due(cfg.evaluate.every_steps, progress, phase) and moment not in progress.accuracy:
                 measure(moment)
+                return True
 
         def walk():
-            if tasks and "start" not in progress.accuracy:
+            if tasks and not progress.step and "start" not in progress.accuracy:
                 measure("start")
             for name, phase in cfg.phases.items():
                 if progress.phase_done(name, cfg.phases):
@@ -111,7 +113,8 @@ def train(cfg, device):
                 trainer.start_phase(name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress))
                 if latest and progress.phase_step:
                     checkpoints.load(latest, policy, model=False)
-                    look(name, phase)  # an evaluation that SIGTERM cut short
+                    if look(name, phase):  # an evaluation that SIGTERM cut short; its step has a checkpoint
+                        save(score_of(progress, f"{name} {progress.phase_step}"))
                 while progress.phase_step < phase.steps:
                     trainer.step()
                     look(name, phase)
@@ -130,6 +133,7 @@ def train(cfg, device):
         with display, contextlib.closing(trainer.sampler):
             try:
                 walk()
+                pool = trainer.sampler.pool_bytes
             except (UserError, Preempted) as stop:
                 # A rank that has come to this alone says so, and torchrun ends the others.
                 together = dist.size() == 1 or isinstance(stop, (dist.SharedError, Preempted))
@@ -143,7 +147,7 @@ def train(cfg, device):
         if tasks and dist.is_main():
             metrics.print_accuracy(progress.accuracy)
         if dist.is_main():
-            display.note(plan.compare(planned, device))
+            display.note(plan.compare(planned, device, pool))
         display.note(f"{progress.step} steps. Model: {run / 'model'}  Report: {run / 'report.html'}")
 
 
@@ -208,7 +212,7 @@ def is_own(error):
     """Whether rank 0 does not tell of this error."""
     from nanolmmr1 import dist
 
-    return not isinstance(error, dist.SharedError) and (dist.sharded() or dist.is_host_main())
+    return not isinstance(error, dist.SharedError) and (dist.launch is not None or dist.is_host_main())
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ CPU, by gloo; nothing is pickled.
 Next: shard.py, how a model lies on the ranks.
 """
 
+import functools
 import json
 import os
-import socket
 import sys
 import time
 import uuid
@@ -20,6 +20,8 @@ import torch.distributed as td
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanolmmr1.config import UserError
+
+launch = None  # a name of what started these ranks, kept over restarts, on rank 0; None until they have met
 
 
 class SharedError(UserError):
@@ -32,23 +34,27 @@ def start(device, timeout_s):
     Args:
         device: "cpu" or "cuda". timeout_s: a collective that takes longer ends the process.
     """
+    global launch
     if td.is_initialized() or not (launched() or device == "cuda"):
         return
+    if device == "cuda" and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
+        # Of all ranks of the host, so that none waits for another.
+        raise UserError(
+            f"{local} processes on this host, and each sees {torch.cuda.device_count()} GPUs: lower --nproc_per_node, "
+            "or let every process see all of them"
+        )
     # gloo beside NCCL: for messages, and for what is offloaded to the CPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    store, own, count = td.HashStore(), 0, 1
+    store, own, count, name = td.HashStore(), 0, 1, ""
     if launched():
         store, own, count = next(td.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        if own == 0:  # torchrun's store lives as long as the launch, whatever the ranks do
+            name = store.compare_set("launch", "", uuid.uuid4().hex).decode()
         store = td.PrefixStore(_new_name(store, own, count, timeout_s), store)
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK={local}, but this process sees {torch.cuda.device_count()} GPUs: lower --nproc_per_node, "
-                "or let every process see all of them"
-            )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     td.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timedelta(seconds=timeout_s))
+    launch = name
 
 
 def _new_name(store, rank, count, timeout_s):
@@ -110,15 +116,6 @@ def is_main():
     return rank() == 0
 
 
-def attempt():
-    """A name for what started these ranks, the same when torchrun starts them anew, on this host or another.
-
-    Its count of restarts would not do: hosts disagree on it, since only an agent's own failures count.
-    """
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return given if given != "none" else f"{socket.gethostname()}:{os.getppid()}" if launched() else ""
-
-
 def is_host_main():
     """Whether this rank does what is done once a host."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -133,6 +130,11 @@ def mesh(device, over, timeout_s):
     Raises:
         SharedError: the hosts run different numbers of ranks.
     """
+    return _mesh(td.group.WORLD, device, over, timeout_s)
+
+
+@functools.lru_cache(1)  # a reference lies on the policy's: every mesh of hosts has communicators of its own
+def _mesh(world, device, over, timeout_s):
     if over == "all":
         return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

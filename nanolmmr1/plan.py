@@ -70,7 +70,8 @@ def show(cfg):
 def forecast(cfg, folder, sizes):
     """Bytes that the hungriest rank will take at its peak: of the GPU, or as resident memory where it runs on a CPU.
 
-    Call it when everything is there but weights: what the process holds by then is part of the sum on a CPU.
+    Call it when everything is there but weights: what the process holds by then is part of the sum on a CPU. On a GPU a
+    vLLM engine is not in it: that takes what it is given, and sleeps while the rest has its peak.
 
     Args:
         folder: the model's. sizes: phase -> [(tokens, image patches)] of its rows.
@@ -79,14 +80,19 @@ def forecast(cfg, folder, sizes):
     cfg.plan = schema.Plan()  # this machine, whatever another was planned for
     where, model = machine(cfg), weights.read_config(folder)
     longest = {name: find_longest(cfg, phase, sizes[name]) for name, phase in cfg.phases.items()}
-    floor = resident() if where.device == "cpu" else 0
-    return floor + max(plan.peak() for plan in make_plans(cfg, model, where, longest).values())
+    floor, left_out = (resident(), "") if where.device == "cpu" else (0, "sampler" * (cfg.rollout.engine == "vllm"))
+    stages = [stage for plan in make_plans(cfg, model, where, longest).values() for stage in plan.stages()]
+    return floor + max(stage.total - stage.parts.get(left_out, 0) for stage in stages)
 
 
-def compare(planned, device):
-    """A line that sets `forecast`'s bytes beside the peak of this process so far."""
-    measured = torch.cuda.max_memory_allocated() if device == "cuda" else metrics.peak_rss_mb() * 1e6
-    what = "tensors on the GPU" if device == "cuda" else "resident memory"
+def compare(planned, device, pool=0):
+    """A line that sets `forecast`'s bytes beside the peak of this process so far.
+
+    Args:
+        pool: bytes of a vLLM engine's own memory, which torch counts as allocated even while it sleeps.
+    """
+    measured = torch.cuda.max_memory_allocated() - pool if device == "cuda" else metrics.peak_rss_mb() * 1e6
+    what = "the trainer's tensors on the GPU" if device == "cuda" else "resident memory"
     return f"peak of {what}: {measured / GB:.2f} GB, planned {planned / GB:.2f} at most ({planned / measured:.2f} x)"
 
 
@@ -231,7 +237,7 @@ def verdict(cfg, model, where, longest, floor):
 
 def cures(cfg, model, where, longest):
     """Lists of `key=value` with which the recipe fits."""
-    tried = [{"pack.tokens_per_micro_batch": 0}, *CURES]
+    tried, known = [{"pack.tokens_per_micro_batch": 0}, *CURES], []
     for changes in tried:
         for sampling in ({}, *samplers(cfg)):
             smaller = changed(cfg, changes | sampling)
@@ -240,7 +246,10 @@ def cures(cfg, model, where, longest):
             if budget:
                 budget = min(budget, cfg.pack.tokens_per_micro_batch)
                 news = changes | sampling | {"pack.tokens_per_micro_batch": budget}
-                yield [f"{key}={str(value).lower()}" for key, value in news.items() if value != _value(cfg, key)]
+                cure = [f"{key}={str(value).lower()}" for key, value in news.items() if value != _value(cfg, key)]
+                if cure not in known:  # some of it may be in the recipe
+                    known.append(cure)
+                    yield cure
                 break
 
 

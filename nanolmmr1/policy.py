@@ -148,9 +148,14 @@ class Policy:
 
         model = model or self.model
         scores = self.run(pack, model, head)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root waits for a backward pass, and would miss the next update
+        self.reshard(model)
         return scores
+
+    @staticmethod
+    def reshard(model):
+        """After a pass that no backward pass follows, for which the root stays whole: it would miss the next update."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     def learn(self, pack, tokens, objective, temperature):
         """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
@@ -180,8 +185,10 @@ class Policy:
             )
 
         loss, logp, entropy = self.run(pack, self.model, head)
-        if loss.requires_grad:  # not where all that it met is frozen, as by a tower that learns alone and had no image
+        if loss.requires_grad:
             loss.backward()
+        else:  # all that it met is frozen, as where a tower learns alone and had no image
+            self.reshard(self.model)
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
     def apply(self, lr, loss):

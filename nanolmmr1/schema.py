@@ -119,7 +119,7 @@ class Optim:
     schedule: str = opt("constant", "constant | cosine (per phase)")
     warmup_steps: int = opt(0, "linear warm-up at each phase's start, in steps")
     min_lr_ratio: float = opt(0.1, "cosine ends at this share of lr")
-    max_bad_steps: int = opt(3, "non-finite steps in a row before the run stops")
+    max_bad_steps: int = opt(3, "steps in a row without a finite update before the run stops")
     weights: str = opt("float32", "master weights: float32 | bfloat16 (with its moments; stochastically rounded)")
 
 

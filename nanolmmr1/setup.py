@@ -79,13 +79,13 @@ def find_progress(cfg, run, checkpoints):
     """
     progress, latest = checkpoints.newest(Progress)
     mark = run / ".attempt"  # what began this run; torchrun's ranks, started anew, may go on even with resume=never
-    ours = dist.on_main(lambda: mark.is_file() and bool(dist.attempt()) and mark.read_text() == dist.attempt())
+    ours = dist.on_main(lambda: mark.is_file() and bool(dist.launch) and mark.read_text() == dist.launch)
     if latest and cfg.resume == "never" and not ours:
         raise dist.SharedError(
             f"output={run} holds a run already ({latest.name}): choose another output, or resume=auto to go on"
         )
     if not latest:
-        dist.on_main(lambda: mark.write_text(dist.attempt()) and None)
+        dist.on_main(lambda: mark.write_text(dist.launch or "") and None)
         return Progress(), None
     old = config.load(str(run / "recipe.yaml"))
     for key, was, now in (
@@ -104,8 +104,8 @@ def is_finished(cfg, run, progress):
     """Whether nothing is left to do: all steps are taken, and `finish` came after them."""
     *_, (name, last) = cfg.phases.items()
     summary = run / "summary.json"
-    return (
-        progress.phase == name
+    return dist.on_main(
+        lambda: progress.phase == name
         and progress.phase_step >= last.steps
         and summary.is_file()
         and json.loads(summary.read_text(encoding="utf-8"))["steps"] == progress.step

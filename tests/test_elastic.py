@@ -10,7 +10,8 @@ from kill_run import Run, at, back, differences, strike, tiny_recipe
 from two_hosts import Hosts, both, why_not
 
 STEPS = 5
-ELASTIC = ["--standalone", "--max_restarts", "3"]
+LAUNCH = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--rdzv_id", "my-run"]
+ELASTIC = [*LAUNCH, "--max_restarts", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,15 @@ def undisturbed(recipe, tmp_path_factory):
 
 def test_killed_three_times_a_run_finishes_by_itself_with_the_same_weights(recipe, undisturbed, tmp_path):
     rng = random.Random(6)
-    with Run(tmp_path / "run", recipe, torchrun=ELASTIC) as run:
+    args = [*recipe, "resume=never"]  # torchrun's ranks go on with their own run all the same
+    with Run(tmp_path / "run", args, torchrun=ELASTIC) as run:
         kills = [strike(run, rng, moment) for moment in ("sampling", "checkpoint", "backward")]
         assert run.end() == 0, run.said()
     print(*kills, sep="\n")
     assert {kill["rank"] for kill in kills} == {0, 1} and kills[-1]["resumed"] > 0
     assert differences(run.folder, undisturbed) == []
+    with Run(tmp_path / "run", args, torchrun=LAUNCH, log=" again") as again:
+        assert again.end() == 1 and "holds a run already" in again.said()
 
 
 def test_sigterm_ends_a_run_in_time_after_a_checkpoint_of_its_last_whole_step(recipe, undisturbed, tmp_path):

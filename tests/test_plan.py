@@ -272,7 +272,7 @@ def test_precision_offload_and_hosts_change_what_they_should(folder_3b):
 
 def test_a_machine_is_said_to_be_too_small_and_what_would_fit_does(folder_3b):
     for machine_, fits in (("plan.gpus=1 plan.gpu_gb=80", False), ("plan.gpus=8 plan.gpu_gb=80", True),
-                           ("plan.gpus=1 plan.gpu_gb=141", True)):
+                           ("plan.gpus=1 plan.gpu_gb=141", True), ("plan.gpus=8 plan.gpu_gb=20", False)):
         planned, cfg, model, where, longest = plan_3b(folder_3b, *machine_.split())
         first, *cures = plan.verdict(cfg, model, where, longest, 0)
         print(machine_, first, *cures, sep="\n  ")
@@ -280,6 +280,7 @@ def test_a_machine_is_said_to_be_too_small_and_what_would_fit_does(folder_3b):
         if fits:
             most = min(p.largest_budget(where.capacity) for p in plan.make_plans(cfg, model, where, longest).values())
             assert planned.peak(most) <= where.capacity < planned.peak(most + 1024)
+        assert len(set(cures)) == len(cures)
         for cure in cures:
             again = plan_3b(folder_3b, *machine_.split(), *cure.split())
             assert max(p.peak() for p in plan.make_plans(*again[1:]).values()) <= where.capacity

@@ -26,6 +26,7 @@ from nanolmmr1.data import PromptSampler
 from nanolmmr1.metrics import read_lines
 from nanolmmr1.prompt import Processor
 from nanolmmr1.trainer import Progress
+from nanolmmr1.watch import Preempted
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SMALL = [f"phases.train.{key}" for key in ("steps=2", "prompts_per_step=2", "group_size=2", "max_response_tokens=4")]
@@ -437,6 +438,44 @@ def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(tiny, tmp_path, 
     assert "step_2" not in left and left.endswith("2\n")
     assert ("model.safetensors" in left) == (status == 0)
     assert "Traceback" not in run.stderr and ("model cannot be written" in run.stderr) == (status == 2)
+
+
+def test_the_best_checkpoint_stays_also_if_its_evaluation_was_cut_short(run_here, tiny, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", sums(3))
+    args = ["single", f"model={tiny}", f"phases.train.data={rows}", functions(tmp_path), *SMALL,
+            "phases.train.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=1", "evaluate.every_steps=1",
+            f"evaluate.tasks.held={{data: {rows}}}"]  # fmt: skip
+    scores = {0: 0.0, 1: 0.9, 2: 0.1, 3: 0.2, 4: 0.3}
+    found = []
+
+    def run(out, cut):
+        """Started again whenever an evaluation is cut short; step -> score as told in the end."""
+        left = set(cut)
+
+        def evaluate(tasks, sampler, *others):
+            step = max([0, *(r["step"] for r in read_lines(out / "metrics.jsonl"))])
+            if step in left:
+                left.remove(step)
+                raise Preempted
+            return {"held": scores[step]}
+
+        monkeypatch.setattr("nanolmmr1.evaluate.evaluate", evaluate)
+        statuses = [run_here(*args, f"output={out}")[0] for _ in range(len(cut) + 1)]
+        assert statuses == [143] * len(cut) + [0]
+        found.append(json.loads((out / "summary.json").read_text())["accuracy"])
+        return sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+
+    assert run(tmp_path / "whole", []) == run(tmp_path / "cut", [1, 3]) == ["step_1", "step_4"]
+    assert found[0] == found[1] == {"start": {"held": 0.0}, "train": {"held": 0.3}} | {
+        f"train {step}": {"held": scores[step]} for step in (1, 2, 3)}
+
+
+def test_a_task_that_comes_late_has_no_accuracy_of_the_start(single, run_here, tmp_path, monkeypatch):
+    out, _, args = single
+    home = shutil.copytree(out.parent, tmp_path / "home")
+    monkeypatch.chdir(home)
+    assert run_here(*args, "phases.train.steps=3", "evaluate.tasks.held={data: rows.jsonl}")[0] == 0
+    assert list(json.loads((home / "out" / "summary.json").read_text())["accuracy"]) == ["train"]
 
 
 def test_a_run_in_an_embedded_world_resumes(run_here, tiny, tmp_path):
