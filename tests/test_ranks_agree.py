@@ -36,6 +36,7 @@ def after_a_tower_without_pictures(folder):
     trainer.step()
     trainer.cfg.phases["next"] = Phase(data="rows", prompts_per_step=4, group_size=4, max_response_tokens=8, lr=1e-3,
                                        objective=trainer.phase.objective)  # fmt: skip
+    trainer.display.phases["next"] = 1
     trainer.start_phase("next", trainer.rows)
     names = "model.embed_tokens.weight", "model.norm.weight"
     before = {name: trainer.policy.trained[name].detach().clone() for name in names}
