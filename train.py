@@ -9,7 +9,7 @@ GPU, no download and no data. Everything a run leaves is in its `output` folder:
 metrics.jsonl, samples.jsonl, summary.json, report.html, checkpoints/, model/.
 
 Exit status: 0 done; 2 something is wrong with recipe, data, model or reward (the message says what);
-143 stopped by SIGTERM, with a checkpoint of the last whole step.
+143 stopped by SIGTERM, with a checkpoint of the last whole step. torchrun's own is 1 where a rank's is not 0.
 
 Next: nanolmmr1/trainer.py, the step.
 """

@@ -20,6 +20,7 @@ from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
 from nanolmmr1.optim import StochasticAdamW
 from nanolmmr1.plan_memory import Kind, blocks_to_recompute
+from nanolmmr1.shard import sum_over_hosts
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
 
@@ -27,7 +28,8 @@ PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", 
 class Policy:
     """A Qwen25VL with its optimiser and, where KL asks for it, its reference.
 
-    With bf16 master weights the gradients of micro-batches are added in bf16, as FSDP keeps them in the weights' dtype.
+    With bf16 master weights the gradients of micro-batches are added in bf16, as FSDP keeps them in the weights' dtype
+    (those of HSDP wait in fp32, see shard.sum_over_hosts).
 
     Args:
         model: Qwen25VL with master weights, plain or sharded.
@@ -157,12 +159,14 @@ class Policy:
         if isinstance(model, FSDPModule):
             model.reshard()
 
-    def learn(self, pack, tokens, objective, temperature):
+    def learn(self, pack, tokens, objective, temperature, last=(True, True)):
         """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
 
         Args:
             pack: Pack; tokens: objective.Tokens of its N scored tokens.
+            last: whether it is the update's last, and the last of those with images; alike on all ranks.
         """
+        sum_over_hosts(self.model, *last)
         pack = pack.to(self.device)
         self.fit_activations(pack)
         # Known importance weights cost nothing. Unknown ones of whole responses cost a second pass through the head,

@@ -10,8 +10,8 @@ sum before it is reduced, and need one more copy of it. The residual stream is f
 FSDP (autocast, see policy.py), so no unit casts its inputs.
 
 Gradients are summed over ranks, not averaged: the weight of each token already holds the one denominator of the
-optimiser step. They are reduced after every micro-batch. To reduce them after the last alone would keep a whole
-unsharded gradient on every rank, and lose the vision tower's where the last micro-batch has no image.
+optimiser step. They are reduced inside a host after every micro-batch: to do so after the last alone would keep a whole
+unsharded gradient on every rank. Over hosts (HSDP) they are summed once an update, see `sum_over_hosts`.
 """
 
 import torch
@@ -61,6 +61,17 @@ def shard(model, mesh, dtype, offload=False):
     for module in units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def sum_over_hosts(model, language, vision):
+    """HSDP: whether the next backward pass sums gradients over hosts too; until one does, they add up in each, in fp32.
+
+    Args:
+        language: of the language model, which every micro-batch meets; vision: of the tower, where it has images.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(language)
+        model.visual.set_requires_all_reduce(vision)
 
 
 def units(model: nn.Module):

@@ -262,13 +262,13 @@ class Trainer:
             rollout.weight[own] = token_weights(
                 rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
             )
-            told, logps = 0.0, []
-            for pack in packs:
+            told, logps, last = 0.0, [], len(packs) - 1
+            last_image = max((i for i, pack in enumerate(packs) if len(pack.grid)), default=last)
+            for i, pack in enumerate(packs):
                 if not norms:  # later, some of the step's updates are made: it must be finished
                     self.halt()
-                stats = self.policy.learn(
-                    pack, rollout.tokens(pack, self.policy.device), phase.objective, phase.temperature
-                )
+                tokens, ends = rollout.tokens(pack, self.policy.device), (i == last, i == last_image)
+                stats = self.policy.learn(pack, tokens, phase.objective, phase.temperature, ends)
                 # Kept where they are: nothing waits for the device before the last pack.
                 logps.append((pack.where, stats.pop("logp")))
                 told = told + torch.stack([*stats.values()]).double()

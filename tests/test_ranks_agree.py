@@ -66,6 +66,29 @@ def test_shards_lie_inside_a_host_and_models_share_the_groups():
     assert run(4, meshes, hosts=2) == [[*both, 0] for both in zip(across, inside, strict=True)]
 
 
+def sums_over_hosts(folder):
+    """How often a step's gradients are summed over hosts, and in how many packs."""
+    trainer = small_trainer(folder, images=True, over="host", pack={"tokens_per_micro_batch": 30},
+                            phase={"prompts_per_step": 12, "updates_per_rollout": 2})  # fmt: skip
+    across, all_reduce, calls = dist.mesh("cpu", "host", 60).get_group("replicate"), td.all_reduce, []
+
+    def counted(tensor, *args, group=None, **options):
+        if group is across:
+            calls.append(tensor.dtype)
+        return all_reduce(tensor, *args, group=group, **options)
+
+    td.all_reduce = counted
+    record = trainer.step()
+    td.all_reduce = all_reduce
+    return len(calls), len(shard.units(trainer.policy.model)), record["pack/micro_batches"]
+
+
+def test_hosts_sum_their_gradients_once_an_update(tmp_path):
+    """That the sums are right is test_ranks.py's to show."""
+    for calls, units, packs in run(4, sums_over_hosts, str(tmp_path), hosts=2):
+        assert calls == 2 * units and packs > 4
+
+
 def accuracies():
     """On fewer rows than ranks, and on more; the odd ones are right."""
     sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
