@@ -176,7 +176,7 @@ class Recipe:
     model: str = opt("", "hub id or folder of a Qwen2.5-VL")
     output: str = opt("", "run folder; empty: runs/<name>")
     seed: int = opt(0, "everything random derives from it")
-    resume: str = opt("auto", "auto (go on from the run folder's newest checkpoint) | never (refuse a folder with checkpoints)")
+    resume: str = opt("auto", "auto (go on from the run folder's newest checkpoint) | never (refuse if there is one)")
     world: str = opt("", "embedded world built into <output>/world first: desk; its files are named world:FILE")
     device: str = opt("auto", "auto | cpu | cuda")
     dtype: str = opt("auto", "compute: auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16")

@@ -2,7 +2,7 @@
 
     python ranks.py RANKS HOSTS SCRIPT [ARGS...]     prints [[exit status, what it said], ...], rank after rank
 
-Every rank calls the script's `main(*args)`.
+Every rank calls the script's `main(*args)`, or, where `run` is asked, one of its functions.
 """
 
 import importlib
@@ -45,6 +45,20 @@ def results(*args, **options):
     return [json.loads(said.splitlines()[-1]) for _, said in done]
 
 
+def run(count, function, *args, **options):
+    """[what each of `count` ranks returned], JSON-able; function: of a test file, called after they have met."""
+    script = sys.modules[function.__module__].__file__
+    return results(count, script, "run", function.__name__, json.dumps(args), **options)
+
+
+def answer(function, args):
+    from nanolmmr1 import dist
+
+    dist.start("cpu", 60)
+    print(json.dumps(function(*json.loads(args))))
+    dist.barrier()  # rank 0 has the store in it
+
+
 def on_disk_of(megabytes, folder):
     """A command prefix that gives processes a real disk of that size, mounted on `folder`; skips where it cannot."""
     folder.mkdir()
@@ -76,7 +90,10 @@ def run_rank(module, args, said, rank, ranks, local, port):
     os.dup2(said.fileno(), 1)
     status = 1
     try:
-        module.main(*args)
+        if args[:1] == ("run",):
+            answer(getattr(module, args[1]), args[2])
+        else:
+            module.main(*args)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -1,11 +1,10 @@
 """One rank is as good as many: the same steps on 1, 2 and 4 processes, wherever groups and pictures fall."""
 
-import json
 import random
 
 import pytest
-import ranks
 import torch
+from ranks import run
 from small import BANNED, Bell, RecordingSampler, small_model, small_recipe, small_trainer
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -28,18 +27,6 @@ RECIPES = {
                  objective={"algorithm": "dapo", "overlong_buffer": 4}),
     "recomputed, text, frozen": dict(pack=BUDGET | {"checkpoint_activations": "all"}, phase={"freeze": ["vision"]}),
 }
-
-
-def run(count, function, *args, **options):
-    """[what each of `count` ranks returned]; function: one of this file's."""
-    return ranks.results(count, __file__, function.__name__, json.dumps(args), **options)
-
-
-def main(name, args):
-    """A rank."""
-    dist.start("cpu", 60)
-    print(json.dumps(globals()[name](*json.loads(args))))
-    dist.barrier()  # rank 0 has the store in it
 
 
 def often_equal(ids, row):

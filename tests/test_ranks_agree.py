@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import ranks
 import torch
+from ranks import run
 from small import BANNED, SmallJudge, SmallProcessor, small_model, small_recipe, small_trainer
 from torch import distributed as td
 
@@ -16,18 +16,6 @@ from nanolmmr1.metrics import Display
 from nanolmmr1.policy import Policy
 from nanolmmr1.rollout.local import LocalSampler
 from nanolmmr1.schema import Phase
-
-
-def run(count, function, *args, **options):
-    """[what each of `count` ranks returned]; function: one of this file's."""
-    return ranks.results(count, __file__, function.__name__, json.dumps(args), **options)
-
-
-def main(name, args):
-    """A rank."""
-    dist.start("cpu", 60)
-    print(json.dumps(globals()[name](*json.loads(args))))
-    dist.barrier()  # rank 0 has the store in it
 
 
 def after_a_tower_without_pictures(folder):
