@@ -4,17 +4,22 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PIP := pip --quiet --disable-pip-version-check
 
-.PHONY: train test test-main test-vllm lint bench clean
+RANKS := $(addprefix tests/test_,checkpoint_ranks.py elastic.py ranks.py ranks_agree.py watch.py)
+
+.PHONY: train test test-main test-ranks test-vllm lint bench clean
 
 train: .venv/ready  ## the embedded three-phase run on a CPU, about ten minutes
 	$(BIN)/python train.py
 
-test: test-main test-vllm
+test: test-main test-ranks test-vllm
 
-test-main: .venv/ready .venv/triton-3.6.0  ## all tests where there is no vLLM: those that need it are skipped
-	$(BIN)/python -m pytest
+test-main: .venv/ready .venv/triton-3.6.0  ## where there is no vLLM: tests that need it are skipped
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(RANKS))
 
-test-vllm: .venv-vllm/ready  ## those that need it
+test-ranks: .venv/ready  ## those of several processes, which mostly wait for each other
+	$(BIN)/python -m pytest $(RANKS)
+
+test-vllm: .venv-vllm/ready  ## those that need vLLM
 	$(VLLM)/python -m pytest $(addprefix tests/test_,vllm.py server.py weight_transfer.py doctor.py)
 
 lint: .venv/ready
