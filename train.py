@@ -118,8 +118,7 @@ def train(cfg, device):
                 while progress.phase_step < phase.steps:
                     trainer.step()
                     look(name, phase)
-                    # Weights that have just given a NaN must not push a good checkpoint out.
-                    if is_due(cfg.checkpoint.every_steps, progress, phase) and not progress.bad_steps:
+                    if is_due(cfg.checkpoint.every_steps, progress, phase) and trainer.sound:
                         save(score_of(progress, f"{name} {progress.phase_step}"))
                 if tasks:
                     measure(name)
@@ -137,7 +136,7 @@ def train(cfg, device):
             except (UserError, Preempted) as stop:
                 # A rank that has come to this alone says so, and torchrun ends the others.
                 together = dist.size() == 1 or isinstance(stop, (dist.SharedError, Preempted))
-                if together and progress.step and not progress.bad_steps:
+                if together and progress.step and trainer.sound:
                     save()
                 checkpoints.wait()  # for what is being written, in any case
                 if isinstance(stop, UserError):

@@ -91,11 +91,13 @@ class Plan:
         bytes_, shards, n = self.kind.master, where.shards, self.count
         self.weights, self.gradients = n.total * bytes_ / shards, n.trained * bytes_ / shards
         self.optimiser = 2 * self.gradients  # both moments, in the weights' precision
+        # Of micro-batches: HSDP keeps their sum in fp32 until it crosses hosts, but where it is offloaded.
+        self.waiting = n.trained * 4 / shards if cfg.dist.shard == "host" and where.sharded else self.gradients
         self.reference = self.weights if phase.objective.kl_coef else 0
         away = offload or cfg.dist.offload_reference and where.sharded
         self.host = (self.weights + self.gradients + self.optimiser) * offload + self.reference * away
         if offload:
-            self.weights = self.gradients = self.optimiser = 0
+            self.weights = self.gradients = self.waiting = self.optimiser = 0
         if away:
             self.reference = 0
         # The embedded sampler reads whole weights: the policy's own, or where these are sharded a copy of them in fp32.
@@ -189,8 +191,8 @@ class Plan:
         weights, gradients = self.gathered(backward=True)
         root = n.root * kind.master * bool(n.trained_root)  # a gradient of the embedding, as large as itself
         # Before the first micro-batch of an update there are none.
-        before = self.gradients if self.several(load) else 0
-        share = self.gradients / max(1, n.trained)
+        before = self.waiting if self.several(load) else 0
+        share = self.waiting / max(1, n.trained)
 
         def there(**parts):
             return self.base(**dict(activations=language, vision=vision) | parts)

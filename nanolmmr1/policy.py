@@ -166,7 +166,8 @@ class Policy:
             pack: Pack; tokens: objective.Tokens of its N scored tokens.
             last: whether it is the update's last, and the last of those with images; alike on all ranks.
         """
-        sum_over_hosts(self.model, *last)
+        if not self.cfg.dist.offload:  # what waits does so where the model computes
+            sum_over_hosts(self.model, *last)
         pack = pack.to(self.device)
         self.fit_activations(pack)
         # Known importance weights cost nothing. Unknown ones of whole responses cost a second pass through the head,
@@ -223,7 +224,7 @@ class Policy:
         }
 
     def discard(self):
-        """Forget the gradient of an update that is not to be made."""
+        """Forget the gradient of an update that is not to be made. What HSDP holds back stays, for a run that ends."""
         self.optimizer.zero_grad(set_to_none=True)
 
 

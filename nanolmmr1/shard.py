@@ -64,7 +64,8 @@ def shard(model, mesh, dtype, offload=False):
 
 
 def sum_over_hosts(model, language, vision):
-    """HSDP: whether the next backward pass sums gradients over hosts too; until one does, they add up in each, in fp32.
+    """HSDP: whether the next backward pass sums gradients over hosts too. Until one does, they add up in each host, in
+    fp32 and on the device.
 
     Args:
         language: of the language model, which every micro-batch meets; vision: of the tower, where it has images.

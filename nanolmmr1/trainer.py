@@ -68,6 +68,7 @@ class Trainer:
         self.cfg, self.policy, self.sampler, self.judge, self.processor = cfg, policy, sampler, judge, processor
         self.metrics, self.samples, self.display = metrics, samples, display
         self.progress, self.watch = progress or Progress(), watch
+        self.sound = True  # whether the last update was made: weights that gave a NaN must push no good checkpoint out
         self.saved_s = 0.0  # how long a checkpoint has held the run up since the last step
 
     def start_phase(self, name, rows, reference=None):
@@ -169,7 +170,7 @@ class Trainer:
             kept += [g for g in groups if not phase.dynamic_sampling or len(set(g.rewards)) > 1]
             if len(kept) == phase.prompts_per_step:
                 break
-        self.sampler.sleep()
+        dist.together(self.sampler.sleep)
         if not kept:
             self.display.note(
                 f"step {self.progress.step + 1}: all {len(sampled)} groups have equal rewards, so nothing is learnt; "
@@ -280,6 +281,7 @@ class Trainer:
             norms.append(norm)
             made.append(updated)
             sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
+        self.sound = made[-1]
         self.progress.bad_steps = 0 if any(made) else self.progress.bad_steps + 1
         self.progress.skipped_steps += not all(made)
         if rollout.old_logp is None:

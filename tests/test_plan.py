@@ -265,6 +265,12 @@ def test_precision_offload_and_hosts_change_what_they_should(folder_3b):
     assert not step.parts["reference"] and step.parts["weights"] and step.host == 4 * PARAMETERS_3B / 8
     hosts, *_ = plan_3b(folder_3b, "plan.gpus=16", "plan.host_gpus=8", "dist.shard=host")
     assert stage(hosts, "optimiser step").parts["weights"] == 4 * PARAMETERS_3B / 8
+    keys = "plan.gpus=16", "plan.host_gpus=8", "dist.shard=host"
+    small, *_ = plan_3b(folder_3b, *keys, "optim.weights=bfloat16")  # sums wait for other hosts' in fp32
+    assert [stage(small, name).parts["gradients"] for name in ("learning", "optimiser step")] == [
+        k * PARAMETERS_3B / 8 for k in (4, 2)]  # fmt: skip
+    away, *_ = plan_3b(folder_3b, *keys, "dist.offload=true")
+    assert not stage(away, "learning").parts["gradients"]
     with pytest.raises(UserError, match=r"plan.gpus=12.*plan.host_gpus=8"):
         plan_3b(folder_3b, "plan.gpus=12", "dist.shard=host")
     plan_3b(folder_3b, "plan.gpus=12")  # sharded over all of them, hosts matter little

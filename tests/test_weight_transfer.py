@@ -113,21 +113,25 @@ def test_a_server_that_refuses_is_told_at_once_in_its_own_words(monkeypatch):
 @pytest.mark.parametrize("timeout_s, reason", [(20, "http://a:1 failed"), (1, "longer than rollout.timeout_s=1 s")])
 def test_a_hand_over_that_is_given_up_leaves_the_weights_to_who_waited(monkeypatch, timeout_s, reason):
     """A broadcast that a server misses stands still; the tensors it did not take are for the other ranks' sake."""
-    go_on, ended = threading.Event(), threading.Event()
+    taken, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def broadcast(self, source, meta):
         tensors = iter(source)
         next(tensors)
+        taken.set()
         go_on.wait(20)
         assert list(tensors) == []  # the thread left behind takes no more
         ended.set()
 
     monkeypatch.setattr(NCCLEngine, "_broadcast", broadcast)
-    ours = policy()
-    transfer = WeightTransfer(ours, [Server("http://a:1", 1, "/update_weights" if timeout_s > 1 else None)], timeout_s)
+    ours, server = policy(), Server("http://a:1", 1, "/update_weights" if timeout_s > 1 else None)
+    ask = server.ask
+    server.ask = lambda path, *others: (path != "/update_weights" or taken.wait(20)) and ask(path, *others)
+    transfer = WeightTransfer(ours, [server], timeout_s)
     weights = weights_of(ours)
     with pytest.raises(UserError, match=reason):
         transfer.send(weights, "run-1")
+    assert server.gone.is_set()
     go_on.set()
     assert ended.wait(20)
     assert [name for name, _ in weights] == ["bias"]

@@ -92,6 +92,8 @@ class WeightTransfer:
             raise
         except TimeoutError as error:
             self._fail(error)
+            for server in self.servers:
+                server.hang_up()
             raise UserError(f"the weight hand-over took longer than rollout.timeout_s={self.timeout_s:g} seconds: is "
                             "one of rollout.servers out of reach?") from error
         except (Lost, Refused) as error:
