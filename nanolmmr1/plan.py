@@ -80,7 +80,8 @@ def forecast(cfg, folder, sizes):
     cfg.plan = schema.Plan()  # this machine, whatever another was planned for
     where, model = machine(cfg), weights.read_config(folder)
     longest = {name: find_longest(cfg, phase, sizes[name]) for name, phase in cfg.phases.items()}
-    floor, left_out = (resident(), "") if where.device == "cpu" else (0, "sampler" * (cfg.rollout.engine == "vllm"))
+    floor = resident() if where.device == "cpu" else 0
+    left_out = "sampler" if where.device == "cuda" and cfg.rollout.engine == "vllm" else None
     stages = [stage for plan in make_plans(cfg, model, where, longest).values() for stage in plan.stages()]
     return floor + max(stage.total - stage.parts.get(left_out, 0) for stage in stages)
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from nanolmmr1.config import UserError
 from nanolmmr1.kernels.attention import attention
@@ -20,7 +19,7 @@ from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
 from nanolmmr1.optim import StochasticAdamW
 from nanolmmr1.plan_memory import Kind, blocks_to_recompute
-from nanolmmr1.shard import sum_over_hosts
+from nanolmmr1.shard import reshard, sum_over_hosts
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
 
@@ -150,14 +149,8 @@ class Policy:
 
         model = model or self.model
         scores = self.run(pack, model, head)
-        self.reshard(model)
+        reshard(model)
         return scores
-
-    @staticmethod
-    def reshard(model):
-        """After a pass that no backward pass follows, for which the root stays whole: it would miss the next update."""
-        if isinstance(model, FSDPModule):
-            model.reshard()
 
     def learn(self, pack, tokens, objective, temperature, last=(True, True)):
         """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
@@ -193,7 +186,7 @@ class Policy:
         if loss.requires_grad:
             loss.backward()
         else:  # all that it met is frozen, as where a tower learns alone and had no image
-            self.reshard(self.model)
+            reshard(self.model)
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
     def apply(self, lr, loss):

@@ -75,6 +75,12 @@ def sum_over_hosts(model, language, vision):
         model.visual.set_requires_all_reduce(vision)
 
 
+def reshard(model):
+    """After a pass that no backward pass follows, for which the root stays whole: it would miss the next update."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def units(model: nn.Module):
     """The model's FSDP units."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -33,6 +33,7 @@ from nanolmmr1.pack import pack_groups
 from nanolmmr1.rollout import Group, SamplingParams
 from nanolmmr1.rollout.vllm import TESTED
 from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, request, responses
+from nanolmmr1.rollout.vllm_input import batch_tokens
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
 from nanolmmr1.weights import published
 
@@ -262,7 +263,7 @@ class ServerSampler:
         flags = ["--enable-scale-out", "--no-mm-device-do-normalize"]
         if on_cpu:  # why: see vllm.py
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-            options["max-num-batched-tokens"] = max(2048, self.longest, rollout.max_sequences)
+            options["max-num-batched-tokens"] = batch_tokens(self.longest, rollout.max_sequences)
         if not self.fixed:
             options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
         words = [*start, *flags, *(word for key, value in options.items() for word in (f"--{key}", value))]

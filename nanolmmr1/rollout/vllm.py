@@ -21,7 +21,7 @@ import torch
 
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
-from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
+from nanolmmr1.rollout.vllm_input import batch_tokens, images_of, sampling_fields
 from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, engine_tensor, read, repack_tied_head
 from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
@@ -90,7 +90,7 @@ class VllmSampler:
             args |= dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=True)
         else:
             # A prompt cut between two steps rewinds its seeded generator, which 0.32 cannot do on a CPU: so cut none.
-            most = max(2048, self.max_len, rollout.max_sequences)
+            most = batch_tokens(self.max_len, rollout.max_sequences)
             args |= dict(enable_chunked_prefill=False, max_num_batched_tokens=most)
             row = 2 * model.num_key_value_heads * model.head_dim * self.policy.dtype.itemsize
             tokens = rollout.max_sequences * (self.max_len + 256)  # a sequence's last block is partly empty

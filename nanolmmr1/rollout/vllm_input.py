@@ -32,6 +32,11 @@ def images_of(prompt, merge):
     return images
 
 
+def batch_tokens(longest, sequences):
+    """Tokens of an engine step in which no prompt is cut: the longest one's, or one of every sequence."""
+    return max(2048, longest, sequences)
+
+
 def sampling_fields(params):
     """The fields of vLLM's sampling parameters that every engine is given alike."""
     return dict(

@@ -92,8 +92,6 @@ class WeightTransfer:
             raise
         except TimeoutError as error:
             self._fail(error)
-            for server in self.servers:
-                server.hang_up()
             raise UserError(f"the weight hand-over took longer than rollout.timeout_s={self.timeout_s:g} seconds: is "
                             "one of rollout.servers out of reach?") from error
         except (Lost, Refused) as error:
@@ -112,16 +110,16 @@ class WeightTransfer:
                 server.ask(path, deadline, body)
             except Exception as error:  # the other servers, and NCCL here, would wait for this one
                 self._fail(error)
-                for each in self.servers:
-                    each.hang_up()
                 raise
 
         list(self.pool.map(ask, self.servers, bodies))
 
     def _fail(self, error):
-        """End what `_in_time` waits for; what came first is what is told."""
+        """End what `_in_time` waits for, and all requests; what came first is what is told."""
         with contextlib.suppress(InvalidStateError):
             self.outcome.set_exception(error)
+        for server in self.servers:
+            server.hang_up()
 
     # vLLM's VLLMWeightSyncClient
     def init_weight_transfer_engine(self, init_info):
