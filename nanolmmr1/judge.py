@@ -1,8 +1,14 @@
 """Judging processes, from both ends: `Workers` and `Worker` hold them, `main` is what runs inside.
 
-The two ends speak JSON, one line a message, over the process's stdin and stdout. Only in here does untrusted text
-meet sympy, the recipe's regular expressions and the user's reward functions: a process is killed, with all that it
-started, when a judgement misses its deadline; a built-in one may take 2 GiB; and it ends when its parent is gone.
+Only in here does untrusted text meet sympy, the recipe's regular expressions and the user's reward functions. A process
+runs this package, what is installed, and the user's files: nothing of the current folder, and no secret of the
+environment. It imports and warms up the verifier once, then forks a child that answers. A child that takes too long is
+killed, with all that it started, and another is forked within milliseconds. A built-in judgement has a limit of CPU
+time, so that a busy machine changes no verdict, and may take 2 GiB; a user function has a deadline. Both end when the
+trainer is gone.
+
+The two ends speak JSON, one line a message, over the process's stdin and stdout. Each child begins by saying who it is:
+{"child": process id, "signal" or "status": how the one before it ended, "error": why it cannot start}.
 """
 
 import contextlib
@@ -28,16 +34,65 @@ from nanolmmr1.config import UserError
 START_S = 120.0  # to import sympy and the user's files, perhaps from a cold network disk
 PAUSE_S = 0.5  # between two looks at whether to go on waiting
 GRACE_S = 2.0  # past the deadline, after which a process whose parent is gone ends itself
+WALL = 10  # seconds of the clock that a built-in judgement has for each of CPU time, at least as many in all
 MEMORY = 2 << 30  # bytes that a built-in judgement may map on top of what the process holds
+MOST_WORKERS = 16
+PACKAGE = Path(__file__).resolve().parent
+# What a process needs of the environment. Neither tokens, keys and proxies nor PYTHON* are among it.
+ENVIRONMENT = {
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT",
+    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+    "OPENBLAS_CORETYPE", "XDG_CACHE_HOME",
+}  # fmt: skip
+# The package is loaded from its own files, whatever else has its name, and without the folder around it on the path.
+# Libraries of the trainer's path come last, so that they hide neither the standard library nor what is installed.
+START = """
+import importlib.util, json, sys
+package, libraries, *arguments = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(
+    "nanolmmr1", package + "/__init__.py", submodule_search_locations=[package])
+sys.modules["nanolmmr1"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.path += [path for path in json.loads(libraries) if path not in sys.path]
+from nanolmmr1.judge import main
+main(*arguments)
+"""
+
+
+def environment(names=()):
+    """The environment of a judging process, with the variables that the recipe names for its functions.
+
+    Raises:
+        UserError: one of these is not set.
+    """
+    if absent := [name for name in names if name not in os.environ]:
+        raise UserError(f"reward.env: the environment has no variable {', '.join(absent)}: set it, or leave it out")
+    kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("LC_")}
+    # A fixed hash seed fixes the order in which sympy visits terms: every process gives the same verdict.
+    return kept | {name: os.environ[name] for name in names} | {"PYTHONHASHSEED": "0"}
+
+
+def libraries():
+    """The trainer's import path, less the current folder and the checkout's root."""
+    left_out = {os.path.realpath(path) for path in (os.curdir, PACKAGE.parent)}
+    return [path for path in sys.path if os.path.isabs(path) and os.path.realpath(path) not in left_out]
 
 
 class Workers:
-    """Up to `count` judging processes, started when needed; the functions ("file.py:name") are loaded into each."""
+    """Judging processes, started when needed; the functions ("file.py:name") are loaded into each.
 
-    def __init__(self, count, timeout_s, functions):
-        self.count, self.timeout_s, self.functions = count, timeout_s, functions
-        self.idle = []
+    Args:
+        cfg: schema.Reward. functions: as above.
+    """
+
+    def __init__(self, cfg, functions):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.count = cfg.workers or max(1, min(MOST_WORKERS, cores // ranks))
+        self.cfg, self.functions, self.idle = cfg, functions, []
         self.between = lambda: None  # called while judgements are waited for; may raise, which ends the waiting
+        environment(cfg.env)  # whether it can be had
 
     def close(self):
         """Kills those that are not at work."""
@@ -59,106 +114,155 @@ class Workers:
                     future.cancel()
 
     def ask(self, request):
-        """The reply; {} if the worker was killed on the deadline; {"status": exit status} if two died of themselves."""
+        """The reply; {} if the judgement was killed for its time; {"status": exit status} if two died of themselves."""
         try:
             worker = self.idle.pop()
         except IndexError:
-            worker = Worker(self.timeout_s, self.functions)
-        reply, late = worker.ask(request, self.timeout_s)
-        if reply is None and not late:  # it may have died long ago, of something else
+            worker = Worker(self.cfg, self.functions)
+        reply = worker.ask(request)
+        if reply is None:  # it may have died long ago, of something else
             worker.kill()
-            worker = Worker(self.timeout_s, self.functions)
-            reply, late = worker.ask(request, self.timeout_s)
+            worker = Worker(self.cfg, self.functions)
+            reply = worker.ask(request)
         if reply is None:
             worker.kill()
-            return {} if late else {"status": worker.process.returncode}
+            return {"status": worker.status}
         self.idle.append(worker)
         return reply
 
 
 class Worker:
-    """One judging process. Ready when constructed; dead after `kill`, which garbage collection and exit do as well."""
+    """One judging process. Ready when constructed; dead after `kill`, which garbage collection and exit do as well.
 
-    def __init__(self, timeout_s, functions):
-        home = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        # A fixed hash seed fixes the order in which sympy visits terms: every worker gives the same verdict.
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, home)), "PYTHONHASHSEED": "0"}
-        self.process = subprocess.Popen([sys.executable, "-m", "nanolmmr1.judge", str(timeout_s), *functions], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.kill = weakref.finalize(self, _kill, self.process)
-        reply, late = self.ask(None, START_S)
-        if reply != {}:
+    Attributes:
+        child: id of the process that answers. status: exit status of the last one that ended of itself.
+    """
+
+    def __init__(self, cfg, functions):
+        self.cfg, self.status = cfg, None
+        command = [sys.executable, "-P", "-s", "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s),
+                   str(cfg.verify_s), *functions]  # fmt: skip
+        self.process = subprocess.Popen(command, env=environment(cfg.env), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        self.child = [None]
+        self.kill = weakref.finalize(self, _kill, self.process, self.child)
+        hello, late = self._read(START_S)
+        if hello is None or "error" in hello:
             self.kill()
             why = f"was not ready within {START_S:g} s" if late else "ended before it was ready; it said why above"
-            raise UserError(reply["error"] if reply else f"a process of {sys.executable} -m nanolmmr1.judge {why}")
+            raise UserError(hello["error"] if hello else f"a judging process ({sys.executable}) {why}")
+        self.child[0] = hello["child"]
 
-    def ask(self, request, timeout_s):
-        """(reply, late). Without a reply the process is dead or dying; late: because it missed the deadline."""
+    def ask(self, request):
+        """The reply; {} if the judgement took too long and was killed; None if the process ended of itself."""
+        limit = self.cfg.timeout_s if request[0] == "function" else WALL * max(1.0, self.cfg.verify_s)
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.status = self.process.wait()
+            return None
+        reply, late = self._read(limit)
+        if late:
+            while reply is not None and "child" not in reply:  # an answer that came with the deadline
+                reply, _ = self._read(START_S)
+        if reply is None:
+            self.status = self.process.wait()
+            return None
+        if "child" not in reply:
+            return reply
+        self.child[0] = reply["child"]
+        if late or reply.get("signal") == signal.SIGPROF:
+            return {}
+        self.status = -reply["signal"] if "signal" in reply else reply["status"]
+        return None
+
+    def _read(self, limit):
+        """(the next message, or None if the process has ended; whether the child was killed for being late)."""
         late = threading.Event()
 
         def expire():
             late.set()
-            _signal_group(self.process)
+            _signal_group(self.child[0] or self.process.pid)
 
-        timer = threading.Timer(timeout_s, expire)
+        timer = threading.Timer(limit, expire)
         timer.start()
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
             line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
         finally:
             timer.cancel()
             timer.join()
-        return (json.loads(line) if line.endswith(b"\n") and not late.is_set() else None), late.is_set()
+        return (json.loads(line) if line.endswith(b"\n") else None), late.is_set()
 
 
-def _kill(process):
-    _signal_group(process)
+def _kill(process, child):
+    for group in (child[0], process.pid):
+        if group:
+            _signal_group(group)
     process.wait()
     process.stdout.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
 
 
-def _signal_group(process):
-    # The group's number cannot have been given away: the process is waited for only after this.
+def _signal_group(group):
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it is dead already (Linux, macOS)
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(group, signal.SIGKILL)
 
 
-def main(timeout_s, *specs):
-    """Answers requests until stdin ends. The first is None: has everything been loaded?"""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", 0)
+def main(timeout_s, verify_s, *specs):
+    """Imports the verifier, then keeps one child at work until stdin ends."""
+    requests, replies = os.dup(0), os.fdopen(os.dup(1), "wb", 0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the user's functions neither read requests
     os.dup2(2, 1)  # nor print into replies
     sys.stdout = sys.stderr
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
-    import math_verify  # noqa: F401  now, so that no judgement's deadline pays for it
 
     # Not above: reward.py imports this file.
     from nanolmmr1.reward import format_reward, mathematical_accuracy
 
+    for answer, gold in ((r"\frac{1}{2}", "0.5"), ("x + 1", "$1+x$"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)")):
+        mathematical_accuracy(answer, gold)  # imports sympy's parts and fills the parser's tables
     rules = {"format": format_reward, "accuracy": mathematical_accuracy}
-    functions, loaded = {}, {}
+    before = {}
+    while True:
+        child = os.fork()
+        if not child:
+            os.setpgid(0, 0)  # a group of its own, with all that it will start
+            serve(os.fdopen(requests, "rb"), replies, rules, float(timeout_s), float(verify_s), specs, before)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not status:
+            return
+        before = {"signal": -status} if status < 0 else {"status": status}
+
+
+def serve(requests, replies, rules, timeout_s, verify_s, specs, before):
+    """In a child: say hello, then answer requests until there are no more."""
+
+    def say(reply):
+        replies.write(json.dumps(reply).encode() + b"\n")
+
+    hello = {"child": os.getpid()} | before
     try:
         functions = {spec: load_function(spec) for spec in specs}
     except UserError as error:
-        loaded = {"error": str(error)}
+        say(hello | {"error": str(error)})
+        return
+    say(hello)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in requests:
-        # Should the parent be killed amid a judgement, only this ends it: the default action stops even C code.
-        signal.setitimer(signal.ITIMER_REAL, float(timeout_s) + GRACE_S)
         match json.loads(line):
-            case None:
-                reply = loaded
             case "function", spec, response, row:
+                # Should the trainer be killed amid it, only this ends it: the default action stops even C code.
+                signal.setitimer(signal.ITIMER_REAL, timeout_s + GRACE_S)
                 reply = call_function(functions[spec], spec, response, row)
+                signal.setitimer(signal.ITIMER_REAL, 0)
             case kind, text, rule:
+                signal.setitimer(signal.ITIMER_PROF, verify_s)  # CPU time; its default action stops even C code
                 reply = judge(rules[kind], text, rule)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(reply).encode() + b"\n")
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        say(reply)
 
 
 def judge(function, text, rule):
@@ -197,6 +301,8 @@ def _load_file(path):
     spec = importlib.util.spec_from_file_location(path, path)
     if spec is None:
         raise UserError(f"reward functions: {path} is no Python file (.py)")
+    if (folder := os.path.dirname(path)) not in sys.path:
+        sys.path.append(folder)  # of modules beside it; last, so that they hide nothing
     # Registered first, as import does: dataclasses look their module up.
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
@@ -232,6 +338,3 @@ def _explain(error, path):
     what = traceback.format_exception_only(error)[-1].strip()
     return f"{what} ({lines[-1]})" if lines else what
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

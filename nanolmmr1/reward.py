@@ -15,6 +15,7 @@ from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
 
+from nanolmmr1.answer_size import too_large
 from nanolmmr1.config import UserError
 from nanolmmr1.judge import Workers
 
@@ -137,7 +138,8 @@ def accuracy_reward(response, gold):
     2. Gold is an option letter: the same letter, as "B", "(b)", "B.", "B) 12", \text{B}, "the answer is B"; but not two
        letters. A letter never equals a number.
     3. Both are plain numbers (sign, digits, thousands commas, decimals, a leading $): exactly equal.
-    4. Gold is words without a digit: equal as text, that is but for case, whitespace and outer punctuation.
+    4. Gold is words without a digit, or either asks for more than can be computed (answer_size.py): equal as text, that
+       is but for case, whitespace and outer punctuation.
     5. Otherwise: equal by math_verify (expressions, sets, intervals, equations, LaTeX with or without $), or as text.
 
     Gold is always read whole, never as "some number in it", and one that cannot be read is not given away
@@ -158,7 +160,7 @@ def plain_accuracy(answer, gold):
     if all(numbers):
         a, b = (Fraction(sign + digits.replace(",", "")) for sign, digits in (n.groups() for n in numbers))
         return float(a == b)
-    if not re.search(r"[0-9]", gold) and _is_prose(gold):
+    if (not re.search(r"[0-9]", gold) and _is_prose(gold)) or _is_too_large(answer) or _is_too_large(gold):
         return float(_as_text(answer) == _as_text(gold))
     return None
 
@@ -203,6 +205,10 @@ def _chosen_letter(answer):
     return found[-1] if found else None
 
 
+def _is_too_large(text):
+    return too_large(text, _is_prose(text))
+
+
 def _is_prose(text):
     return _PROSE.search(_FUNCTIONS.sub(" ", _COMMANDS.sub(" ", text))) is not None
 
@@ -237,7 +243,7 @@ class Judge:
             if name in self.functions or name in ("overall", "format", "accuracy", "timeout"):
                 raise UserError(f"reward.functions: the name {name!r} of {spec} is taken; rename the function")
             self.functions[name] = (f"{Path(path).expanduser().resolve()}:{name}", float(weight))
-        self.workers = Workers(cfg.workers, cfg.timeout_s, [spec for spec, _ in self.functions.values()])
+        self.workers = Workers(cfg, [spec for spec, _ in self.functions.values()])
         self._known = OrderedDict()  # question -> (score, killed), least recently used first
 
     def __enter__(self):
@@ -260,11 +266,14 @@ class Judge:
         self._call_functions([(row["answer"], row) for row in rows[:1]])
 
     def gold_answers_ok(self, rows):
-        """[bool]: does each row's gold answer, given as the response, earn the accuracy reward? If not, nothing can."""
+        """[bool]: does each row's gold answer, given as the response, earn the accuracy reward? If not, nothing can.
+
+        One that is too large to compute does not: only its own text could.
+        """
         golds = [row["answer"] for row in rows]
         questions = [("accuracy", final_answer(f"<answer>{gold}</answer>"), final_answer(gold)) for gold in golds]
         scores = self._scores(questions)
-        return [scores[question][0] == 1.0 for question in questions]
+        return [scores[question][0] == 1.0 and not _is_too_large(question[2]) for question in questions]
 
     def score(self, pairs):
         """Judges [(response, row)]; a row is a JSON-able dict with `answer`.

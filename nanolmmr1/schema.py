@@ -90,14 +90,16 @@ class Reward:
     format_weight: float = opt(0.5, "weight of the format reward (0 or 1)")
     accuracy_weight: float = opt(1.0, "weight of the accuracy reward (0 or 1)")
     functions: dict = opt({}, "user rewards: path/to/file.py:function -> weight")
-    workers: int = opt(2, "judging processes")
-    timeout_s: float = opt(10.0, "a judgement that takes longer is killed")
+    workers: int = opt(0, "judging processes of a rank; 0: the host's cores over its ranks, at most 16")
+    timeout_s: float = opt(10.0, "a user function that takes longer ends the run")
+    verify_s: float = opt(1.0, "CPU seconds of a built-in judgement; one that takes more is killed and scores 0")
+    env: list[str] = opt([], "environment variables that user functions may see, by name, as OPENAI_API_KEY")
 
 
 @dataclass
 class Rollout:
     engine: str = opt("local", "local (our own) | vllm (pip install 'nanolmmr1[vllm]') | server (vLLM elsewhere)")
-    servers: list[str] = opt([], "server: vLLM servers that run already, http://HOST:PORT each")
+    servers: list[str] = opt([], "server: vLLM servers that run already, http(s)://[USER:PASSWORD@|KEY@]HOST:PORT")
     server_weights: str = opt("nccl", "server: nccl (handed over after each update, GPU to GPU) | fixed (never)")
     server_wait_s: float = opt(60.0, "server: with none left, they are tried again for so long before the run stops")
     max_sequences: int = opt(256, "responses decoded together")
@@ -136,7 +138,8 @@ class Pack:
 
 @dataclass
 class Checkpoint:
-    every_steps: int = opt(0, "0: only where a phase ends")
+    every_steps: int = opt(0, "0: by time, and where a phase ends")
+    every_minutes: float = opt(10.0, "also when the last checkpoint is this old; 0: never by time")
     keep: int = opt(2, "newest checkpoints kept, and beside them the one that evaluated best")
     background: bool = opt(True, "write while training goes on; a copy of the state is held in memory meanwhile")
 
@@ -176,7 +179,8 @@ class Recipe:
     model: str = opt("", "hub id or folder of a Qwen2.5-VL")
     output: str = opt("", "run folder; empty: runs/<name>")
     seed: int = opt(0, "everything random derives from it")
-    resume: str = opt("auto", "auto (go on from the run folder's newest checkpoint) | never (refuse if there is one)")
+    resume: str = opt("auto", "auto (go on from the newest checkpoint) | changed (also with other rows or another "
+                      "model path) | never (refuse if there is a checkpoint)")
     world: str = opt("", "embedded world built into <output>/world first: desk; its files are named world:FILE")
     device: str = opt("auto", "auto | cpu | cuda")
     dtype: str = opt("auto", "compute: auto (bfloat16 on cuda, float32 on cpu) | float32 | bfloat16")
@@ -200,13 +204,79 @@ CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"), "kl_place": ("loss", "reward"), "reference": ("phase", "start"),
     "engine": ("local", "vllm", "server"), "server_weights": ("nccl", "fixed"),
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "never"), "world": ("", "desk"),
+    "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "changed", "never"), "world": ("", "desk"),
     "attention": ("auto", "triton", "varlen", "flash", "sdpa", "reference"),
     "head": ("auto", "triton", "chunked", "reference"), "head_logits": ("float32", "bfloat16"),
     "checkpoint_activations": ("none", "all", "budget"), "weights": ("float32", "bfloat16"),
     "shard": ("all", "host"),
 }
 POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",
-            "updates_per_rollout", "min_pixels", "max_pixels", "workers", "timeout_s", "max_sequences", "eps",
+            "updates_per_rollout", "min_pixels", "max_pixels", "timeout_s", "verify_s", "max_sequences", "eps",
             "max_grad_norm", "max_bad_steps", "tokens_per_micro_batch", "keep", "steps",
             "gpu_memory_utilization", "tensor_parallel", "hang_s"}  # no number may be negative
+MOST = {  # largest value of a key; of other integers 2^31 - 1. What is above is a mistake, and would fill memory
+    "prompts_per_step": 1 << 20, "group_size": 1 << 16, "max_prompt_tokens": 1 << 24, "max_response_tokens": 1 << 24,
+    "min_pixels": 64_000_000, "max_pixels": 64_000_000, "workers": 256, "max_sequences": 1 << 20, "max_refills": 1000,
+    "steps": 10**9, "tensor_parallel": 1024, "seed": 2**63 - 1,
+    "timeout_s": 10**8, "hang_s": 10**8, "server_wait_s": 10**8, "verify_s": 10**6, "every_minutes": 10**6,
+}
+MOST_TOKENS = 1 << 31  # responses of a step, each as long as it may be
+# What TRL, EasyR1, verl and OpenRLHF call a key -> our keys; `phases.` stands for each phase.
+ALIASES = {
+    **dict.fromkeys(("num_generations", "n", "n_samples_per_prompt", "rollout_n"), "phases.group_size"),
+    **dict.fromkeys(("learning_rate", "actor_learning_rate"), "phases.lr"),
+    **dict.fromkeys(("max_completion_length", "max_new_tokens", "max_response_length", "generate_max_len"),
+                    "phases.max_response_tokens"),
+    **dict.fromkeys(("max_prompt_length", "prompt_max_len"), "phases.max_prompt_tokens"),
+    **dict.fromkeys(("max_steps", "total_training_steps", "num_train_epochs", "total_epochs", "total_episodes",
+                     "num_episodes", "epochs"), "phases.steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "rollout_batch_size", "gen_batch_size",
+                     "generation_batch_size", "batch_size"), "phases.prompts_per_step"),
+    **dict.fromkeys(("num_iterations", "ppo_epochs", "ppo_mini_batch_size", "global_batch_size", "mini_batch_size"),
+                    "phases.updates_per_rollout"),
+    **dict.fromkeys(("beta", "kl_loss_coef", "init_kl_coef", "kl_beta"), "phases.objective.kl_coef"),
+    **dict.fromkeys(("epsilon", "clip_ratio", "cliprange", "eps_clip"), "phases.objective.clip_ratio_low"),
+    "epsilon_high": "phases.objective.clip_ratio_high", "clip_ratio_c": "phases.objective.clip_ratio_dual",
+    "delta": "phases.objective.clip_ratio_dual",
+    **dict.fromkeys(("kl_penalty", "kl_loss_type", "kl_type"), "phases.objective.kl_estimator"),
+    "use_kl_in_reward": "phases.objective.kl_place", "use_kl_loss": "phases.objective.kl_coef",
+    "loss_agg_mode": "phases.objective.loss_avg_mode", "entropy_coeff": "phases.objective.entropy_coef",
+    **dict.fromkeys(("scale_rewards", "norm_adv_by_std_in_grpo", "advantage_estimator"),
+                    "phases.objective.adv_estimator"),
+    "importance_sampling_level": "phases.objective.loss_type",
+    **dict.fromkeys(("tis_imp_ratio_cap", "vllm_importance_sampling_cap", "rollout_is_threshold"),
+                    "phases.objective.tis_cap"),
+    **dict.fromkeys(("train_files", "train_data", "dataset_name", "prompt_data", "dataset", "train_dataset"),
+                    "phases.data"),
+    **dict.fromkeys(("filter_groups", "online_filtering", "dynamic_filtering"), "phases.dynamic_sampling"),
+    "max_num_gen_batches": "phases.max_refills", "max_try_make_batch": "phases.max_refills",
+    **dict.fromkeys(("freeze_vision_tower", "freeze_vision_modules", "freeze_vit"), "phases.freeze"),
+    **dict.fromkeys(("model_name_or_path", "model_path", "pretrain"), "model"),
+    **dict.fromkeys(("output_dir", "default_local_dir", "save_checkpoint_path", "save_path", "ckpt_path"), "output"),
+    **dict.fromkeys(("save_steps", "save_freq"), "checkpoint.every_steps"),
+    **dict.fromkeys(("save_total_limit", "save_limit", "max_actor_ckpt_to_keep", "max_ckpt_num"), "checkpoint.keep"),
+    **dict.fromkeys(("eval_steps", "test_freq", "val_freq"), "evaluate.every_steps"),
+    **dict.fromkeys(("val_files", "val_data", "eval_dataset"), "evaluate.tasks"),
+    **dict.fromkeys(("gradient_checkpointing", "enable_gradient_checkpointing"), "pack.checkpoint_activations"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "param_dtype"), "dtype"),
+    **dict.fromkeys(("use_vllm", "vllm_mode", "vllm_server_base_url"), "rollout.engine"),
+    **dict.fromkeys(("tensor_model_parallel_size", "tensor_parallel_size", "vllm_tensor_parallel_size"),
+                    "rollout.tensor_parallel"),
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization", "max_num_seqs": "rollout.max_sequences",
+    **dict.fromkeys(("ppo_max_token_len_per_gpu", "ppo_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                     "micro_train_batch_size", "micro_batch_size_per_device_for_update"),
+                    "pack.tokens_per_micro_batch"),
+    **dict.fromkeys(("warmup_ratio", "lr_warmup_ratio", "lr_warmup_steps", "lr_warmup_steps_ratio"),
+                    "optim.warmup_steps"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "optim.schedule"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "optim.betas"),
+    **dict.fromkeys(("reward_funcs", "reward_function", "custom_reward_function", "remote_rm_url", "reward_weights"),
+                    "reward.functions"),
+    "system_prompt": "prompt.system", "format_prompt": "prompt.template",
+    **dict.fromkeys(("prompt_key", "answer_key", "image_key", "input_key", "label_key"), "prompt.columns"),
+    "attn_implementation": "pack.attention",
+    **dict.fromkeys(("resume_from_checkpoint", "find_last_checkpoint", "resume_mode", "load_checkpoint_path"),
+                    "resume"),
+    **dict.fromkeys(("param_offload", "optimizer_offload", "offload_params", "cpu_offload"), "dist.offload"),
+    **dict.fromkeys(("run_name", "experiment_name", "project_name"), "name"),
+}  # fmt: skip

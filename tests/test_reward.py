@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanolmmr1 import reward
 from nanolmmr1.config import UserError
 from nanolmmr1.reward import Judge, RewardError, accuracy_reward, check_format, format_reward, last_boxed
 from nanolmmr1.schema import Reward
@@ -25,7 +26,7 @@ HARMLESS = [r"\frac{1}{" * 5000, "1" * 1_000_000, r"\boxed{" * 100_000 + "1", r"
 
 @pytest.fixture(scope="module")
 def judge():
-    with Judge(Reward(timeout_s=60.0)) as judge:
+    with Judge(Reward(verify_s=60.0)) as judge:
         yield judge
 
 
@@ -162,7 +163,7 @@ def test_an_unusable_format_is_refused(format):
 
 
 def test_a_regular_expression_that_backtracks_for_ever_is_killed():
-    with Judge(Reward(format=r"(a|aa)+b", workers=1, timeout_s=0.5)) as judge:
+    with Judge(Reward(format=r"(a|aa)+b", workers=1, verify_s=0.5)) as judge:
         result, = judge.score([("a" * 60 + "c", ROW)])
     assert result == {"overall": 0.0, "format": 0.0, "accuracy": 0.0, "timeout": 1}
 
@@ -186,7 +187,7 @@ def test_plain_numbers_letters_and_words_need_no_worker_and_are_fast():
 
 def test_results_depend_neither_on_worker_count_nor_on_order(judge):
     pairs = [(f"<answer>{answer}</answer>", {"answer": gold}) for gold, answer in RIGHT + WRONG]
-    with Judge(Reward(workers=1, timeout_s=60.0)) as lonely:
+    with Judge(Reward(workers=1, verify_s=60.0)) as lonely:
         assert lonely.score(pairs[::-1])[::-1] == judge.score(pairs)
 
 
@@ -206,47 +207,58 @@ def test_every_mathvision_gold_answer_equals_itself(judge):
 
 def test_gold_answers_that_nothing_can_equal_are_found():
     rows = [{"answer": gold} for gold in ("7", "", " ", "{" * 1000, r"\frac{3}{4}", "yes")]
-    with Judge(Reward(workers=1, timeout_s=1.5)) as judge:
+    with Judge(Reward(workers=1)) as judge:
         assert judge.gold_answers_ok(rows) == [True, False, False, False, True, True]
 
 
 def test_hostile_responses_neither_hang_nor_earn():
     pairs = [(f"<think>a</think><answer>{answer}</answer>", ROW) for answer in SLOW + HARMLESS]
-    with Judge(Reward(timeout_s=1.0)) as judge:
+    with Judge(Reward()) as judge:
+        judge.score([("<answer>x+1</answer>", ROW), ("<answer>x+2</answer>", ROW)])
         begun = time.perf_counter()
         results = judge.score(pairs)
-        # Killed ones take a second each, in two processes that start again; machines differ in the rest.
-        assert time.perf_counter() - begun < 25
-        assert [r["accuracy"] for r in results] == [0.0] * len(pairs)
-        assert [r["timeout"] for r in results[:len(SLOW)]] == [1] * len(SLOW)
-        assert results[0] == {"overall": 0.5, "format": 1.0, "accuracy": 0.0, "timeout": 1}
+        assert time.perf_counter() - begun < 3  # their size alone tells that they are not worth a try
+        assert [(r["accuracy"], r["timeout"]) for r in results] == [(0.0, 0)] * len(pairs)
 
 
-def test_a_killed_worker_is_replaced_and_its_verdict_remembered():
-    with Judge(Reward(workers=1, timeout_s=1.0)) as judge:
+def test_what_is_not_known_to_be_slow_is_killed_and_does_not_earn(monkeypatch):
+    monkeypatch.setattr(reward, "too_large", lambda text, prose: False)
+    pairs = [(f"<think>a</think><answer>{answer}</answer>", ROW) for answer in SLOW]
+    with Judge(Reward(verify_s=0.5)) as judge:
+        judge.score([("<answer>x+1</answer>", ROW), ("<answer>x+2</answer>", ROW)])
+        begun = time.perf_counter()
+        results = judge.score(pairs)
+        assert time.perf_counter() - begun < 10  # half a second each, in as many processes as cores; no new start
+    assert results == [{"overall": 0.5, "format": 1.0, "accuracy": 0.0, "timeout": 1}] * len(SLOW)
+
+
+def test_a_killed_worker_is_replaced_and_its_verdict_remembered(monkeypatch):
+    monkeypatch.setattr(reward, "too_large", lambda text, prose: False)
+    with Judge(Reward(workers=1)) as judge:
         judge.score([("<answer>x+1</answer>", ROW)])
-        first = judge.workers.idle[0].process
+        worker, (first,) = judge.workers.idle[0], judge.workers.idle[0].child
         begun = time.perf_counter()
         assert judge.score([(f"<answer>{SLOW[0]}</answer>", ROW)] * 3)[2]["timeout"] == 1
         assert 0.9 < time.perf_counter() - begun < 5
-        assert first.returncode == -signal.SIGKILL
         begun = time.perf_counter()
         assert judge.score([(f"<answer>{SLOW[0]}</answer>", ROW)])[0]["timeout"] == 1
         assert time.perf_counter() - begun < 0.5
         assert judge.score([("<answer>14/2</answer>", ROW)])[0] == {
             "overall": 1.0, "format": 0.0, "accuracy": 1.0, "timeout": 0}
-        assert judge.workers.idle[0].process.pid != first.pid
+        assert judge.workers.idle == [worker] and worker.child != [first] and worker.process.poll() is None
 
 
-def test_workers_that_died_between_judgements_are_replaced():
-    with Judge(Reward(timeout_s=60.0)) as judge:
+@pytest.mark.parametrize("victims", ["child", "process", "both"])
+def test_workers_that_died_between_judgements_are_replaced(victims):
+    with Judge(Reward(verify_s=60.0)) as judge:
         judge.score([("<answer>x+1</answer>", ROW), ("<answer>x+2</answer>", ROW)])
-        dead = [worker.process for worker in judge.workers.idle]
-        for process in dead:
-            os.kill(process.pid, signal.SIGKILL)
+        for worker in judge.workers.idle:
+            if victims != "child":
+                os.kill(worker.process.pid, signal.SIGKILL)
+            if victims != "process":
+                os.kill(worker.child[0], signal.SIGKILL)
         result, = judge.score([("<answer>14/2</answer>", ROW)])
         assert (result["accuracy"], result["timeout"]) == (1.0, 0)
-        assert dead[-1].returncode == -signal.SIGKILL
 
 
 def test_a_judgement_that_wants_too_much_memory_is_stopped():
