@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from nanolmmr1 import config
 from nanolmmr1.config import UserError, load
-from nanolmmr1.schema import ALGORITHMS, Objective, Phase, Recipe
+from nanolmmr1.schema import ALGORITHMS, ALIASES, Objective, Phase, Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIVEN = ["model=folder", "phases.train.data=rows.jsonl"]
@@ -182,7 +183,138 @@ WRONG = {  # override -> words of the message
     "evaluate.tasks.t={data: 5}": "give {data: FILE",
     "evaluate.tasks.t={data: d, captions: some}": "give {data: FILE",
     "evaluate.tasks.t={data: d, limit: 5}": "give {data: FILE",
+    "evaluate.tasks={../t: {data: d}}": "evaluate.tasks: '../t' is not a plain name",
+    "phases={../../victim: {data: d}}": "phases: '../../victim' is not a plain name",
+    "phases={a.b: {data: d}}": "phases: 'a.b' is not a plain name",
+    'phases={"a\\e[31m": {data: d}}': "is not a plain name",
+    "phases={'': {data: d}}": "phases: '' is not a plain name",
+    "name=../up": "name: '../up' is not a plain name",
+    "name=.hidden": "name: '.hidden' is not a plain name",
+    f"name={'n' * 200}": "is not a plain name: at most 150 bytes",
+    "phases.train.prompts_per_step=1000000000": "phases.train.prompts_per_step=1e+09: at most 1,048,576",
+    "phases.train.group_size=100000000": "at most 65,536",
+    "phases.train.steps=1000000000000000": "at most 1,000,000,000",
+    "phases.train={data: d, prompts_per_step: 65536, group_size: 64}": "tokens a step are more than 2,147,483,648",
+    "prompt.min_pixels=1000000000000": "at most 64,000,000",
+    "reward.workers=1000000": "reward.workers=1e+06: at most 256",
+    "dist.timeout_s=1e15": "at most 100,000,000",
+    "pack.tokens_per_micro_batch=99999999999": "at most 2,147,483,647",
+    f"phases.train.lr={10**400}": "phases.train.lr=inf: a number",
+    f"seed={2**63}": "at most 9,223,372,036,854,775,807",
+    'output="a\\0b"': "it holds a zero byte",
+    'phases.train.data=["a", "a\\0b"]': "phases.train.data[1]='a\\x00b': it holds a zero byte",
+    "steps=3": "unknown key steps: did you mean phases.train.steps?",
+    "seed={a: 1, a: 2}": "the key 'a' stands there twice",
+    "prompt.columns={? [a] : 1, b: [[[[[[[": "not readable YAML",
 }
+
+ELSEWHERE = {  # what TRL, EasyR1, verl and OpenRLHF call it -> ours
+    "num_generations": "phases.train.group_size",
+    "rollout.n": "phases.train.group_size",
+    "worker.rollout.n": "phases.train.group_size",
+    "actor_rollout_ref.rollout.n": "phases.train.group_size",
+    "learning_rate": "phases.train.lr",
+    "actor.optim.lr": "phases.train.lr",
+    "lr": "phases.train.lr",
+    "per_device_train_batch_size": "phases.train.prompts_per_step",
+    "data.rollout_batch_size": "phases.train.prompts_per_step",
+    "max_completion_length": "phases.train.max_response_tokens",
+    "data.max_response_length": "phases.train.max_response_tokens",
+    "max_prompt_length": "phases.train.max_prompt_tokens",
+    "num_iterations": "phases.train.updates_per_rollout",
+    "beta": "phases.train.objective.kl_coef",
+    "kl_coef": "phases.train.objective.kl_coef",
+    "algorithm.kl_coef": "phases.train.objective.kl_coef",
+    "epsilon": "phases.train.objective.clip_ratio_low",
+    "epsilon_high": "phases.train.objective.clip_ratio_high",
+    "actor.clip_ratio_high": "phases.train.objective.clip_ratio_high",
+    "temperature": "phases.train.temperature",
+    "top_p": "phases.train.top_p",
+    "group_size": "phases.train.group_size",
+    "reward_funcs": "reward.functions",
+    "max_steps": "phases.train.steps",
+    "trainer.save_freq": "checkpoint.every_steps",
+    "output_dir": "output",
+    "trainer.test_freq": "evaluate.every_steps",
+    "model_path": "model",
+    "data.train_files": "phases.train.data",
+    "max_grad_norm": "optim.max_grad_norm",
+    "weight_decay": "optim.weight_decay",
+    "gradient_checkpointing": "pack.checkpoint_activations",
+    "attn_implementation": "pack.attention",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "system_prompt": "prompt.system",
+    "max_pixels": "prompt.max_pixels",
+    "algorithm": "phases.train.objective.algorithm",
+    "run_name": "name",
+    "loss_agg_mode": "phases.train.objective.loss_avg_mode",
+    "trainer.find_last_checkpoint": "resume",
+}
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_another_trainers_key_is_answered_with_ours(key):
+    with pytest.raises(UserError, match=rf"unknown key {key.split('.')[0]}.*: did you mean {ELSEWHERE[key]}\?"):
+        single(f"{key}=1")
+
+
+def test_every_alias_names_a_key_that_there_is_and_is_none_itself():
+    known = [key.replace(".<name>", "") for key, _, _ in config.known_keys()]
+    assert set(ALIASES.values()) <= set(known)
+    assert not set(ALIASES) & {key.rpartition(".")[2] for key in known}
+
+
+def test_a_key_given_twice_is_refused_wherever_it_stands_and_a_merge_is_not(tmp_path):
+    phase = "model: m\nphases:\n  a: {steps: 1, lr: 1, steps: 2}\n"
+    for text in ("model: m\nmodel: n\n", phase, "a: {b: 1, 'b': 2}\n"):
+        with pytest.raises(UserError, match="stands there twice"):
+            load(recipe_file(tmp_path, text))
+    merged = "model: m\ndefaults: &d {data: d, steps: 5}\nphases:\n  a:\n    <<: *d\n    steps: 6\n"
+    assert load(recipe_file(tmp_path, merged)).phases["a"].steps == 6
+
+
+def laughs(levels=12):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    return "\n".join(lines + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)])
+
+
+@pytest.mark.parametrize("text", [laughs(), "a: &a [*a]", "a: &a {b: *a}", "[" * 20_000, "a: " * 20_000 + "1"])
+def test_a_recipe_that_unfolds_without_end_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="not readable YAML") as error:
+        load(recipe_file(tmp_path, text))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_a_recipe_in_another_encoding_is_read_or_refused(tmp_path, encoding):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(("\ufeff" * (encoding == "utf-16-le") + "model: mö\nphases: {a: {data: d}}\n").encode(encoding))
+    if encoding == "latin-1":
+        with pytest.raises(UserError, match="not readable YAML"):
+            load(str(path))
+    else:
+        assert load(str(path)).model == "mö"
+
+
+def test_a_file_too_large_for_a_recipe_is_not_read(tmp_path):
+    with pytest.raises(UserError, match="is it a data file"):
+        load(recipe_file(tmp_path, "#" * (4 << 20) + "\n"))
+
+
+def test_a_dumped_recipe_holds_no_credentials():
+    servers = ["http://user:pass@word@host:80", "https://key@host", "http://host:8000", "host", "://a@b", ""]
+    cfg = single(f"rollout.servers={json.dumps(servers)}")
+    text = config.dump(cfg)
+    assert cfg.rollout.servers == servers and not re.search("pass|word|user|key@", text)
+    assert config.read_yaml(text, "")["rollout"]["servers"] == [
+        "http://host:80", "https://host", "http://host:8000", "host", "://b", ""]
+
+
+def test_the_readmes_reward_example_survives_a_shell(tmp_path):
+    (example,) = re.findall(r"`('reward\.functions=.*?')`", (REPOSITORY / "README.md").read_text())
+    shell = ["bash", "-c", f"printf '%s\\0' {example}"]
+    said = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    assert list(single(*said.split("\0")[:-1]).reward.functions.items()) == [("path/to/file.py:function", 1.0)]
 
 
 @pytest.mark.parametrize("override", WRONG)
