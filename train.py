@@ -8,8 +8,11 @@ RECIPE is a name under nanolmmr1/recipes/ or the path of a YAML file; default: d
 GPU, no download and no data. Everything a run leaves is in its `output` folder: recipe.yaml,
 metrics.jsonl, samples.jsonl, summary.json, report.html, checkpoints/, model/.
 
-Exit status: 0 done; 2 something is wrong with recipe, data, model or reward (the message says what);
-143 stopped by SIGTERM, with a checkpoint of the last whole step. torchrun's own is 1 where a rank's is not 0.
+An `output` folder that holds anything but a run is refused.
+
+Exit status: 0 done; 2 something is wrong with recipe, data, model or reward (the message says what); 143, 130 or 129
+stopped by SIGTERM, Ctrl-C or SIGHUP, with a checkpoint of the last whole step (a second Ctrl-C ends the run at once).
+torchrun's own is 1 where a rank's is not 0.
 
 Next: nanolmmr1/trainer.py, the step.
 """
@@ -18,6 +21,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -25,61 +29,70 @@ from pathlib import Path
 
 from nanolmmr1 import config
 from nanolmmr1.config import UserError
+from nanolmmr1.terminal import printable, protect
 
 
 def main(args):
     if {"-h", "--help"} & set(args):
         return print_help()
     planning, args = "--plan" in args, [a for a in args if a != "--plan"]
+    args = [a.removeprefix("--") if "=" in a else a for a in args]  # --key=value, as other trainers have it
     is_override = [("=" in a and not a.endswith((".yaml", ".yml"))) for a in args]
     recipes = [a for a, override in zip(args, is_override, strict=True) if not override]
     if len(recipes) > 1 or any(r.startswith("-") for r in recipes):
         raise UserError(f"arguments are [RECIPE] [dotted.key=value ...] [--plan]; got {' '.join(recipes)!r}")
     cfg = config.load(*recipes, overrides=[a for a, override in zip(args, is_override, strict=True) if override])
-    from nanolmmr1 import dist, setup  # torch and its friends: not before the recipe is known to be good
+    from nanolmmr1 import dist, run_folder, setup  # torch and its friends: not before the recipe is known to be good
 
     if planning:
         from nanolmmr1 import plan
 
         return plan.show(cfg)
     device = setup.choose_device(cfg)
+    setup.check_machine(cfg, device)
+    run_folder.check_sources(cfg)
     dist.start(device, cfg.dist.timeout_s)
-    with setup.locked(Path(cfg.output)):
+    with run_folder.locked(Path(cfg.output)):
         train(cfg, device)
 
 
 def train(cfg, device):
-    from nanolmmr1 import dist, metrics, plan, setup, weights
+    from nanolmmr1 import dist, metrics, plan, run_folder, setup, weights
     from nanolmmr1.checkpoint import Checkpoints
     from nanolmmr1.prompt import Processor
-    from nanolmmr1.report import write_report
+    from nanolmmr1.report import try_report
     from nanolmmr1.reward import Judge
-    from nanolmmr1.watch import Preempted, Watch
+    from nanolmmr1.watch import Preempted, Watch, status_of
 
     run, began = Path(cfg.output), time.monotonic()
     recipe = config.dump(cfg)
     display = metrics.Display({name: phase.steps for name, phase in cfg.phases.items()}, quiet=not dist.is_main())
-    checkpoints = Checkpoints(run, cfg.checkpoint, display.note, cfg.dist.timeout_s)
-    progress, latest = setup.find_progress(cfg, run, checkpoints)
-    if latest and setup.is_finished(cfg, run, progress):
-        return display.note(f"{run} is finished after {progress.step} steps; to train on, raise its last phase's steps")
-    if cfg.world:
-        setup.build_world(cfg, run, display)
-    dist.together(lambda: dist.is_host_main() and weights.find(cfg.model))  # a download, once a host
-    folder = dist.together(lambda: weights.find(cfg.model))
-    dist.together(lambda: weights.read_config(folder))  # the cheapest thing that can be wrong with a model
-    processor = Processor(folder, cfg.prompt)
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
+        watch.begun = False  # nothing to save yet: a signal ends the process
+        checkpoints = Checkpoints(run, cfg.checkpoint, display.note, cfg.dist.timeout_s)
+        progress, latest, rows_then = run_folder.find_progress(cfg, run, checkpoints, display.note)
+        if latest and run_folder.is_finished(cfg, run, progress):
+            display.note(f"{run} is finished after {progress.step} steps; to train on, raise its last phase's steps")
+            return
+        if cfg.world:
+            setup.build_world(cfg, run, display)
         with watch.stage("load_data"):
-            rows, tasks, sizes = setup.load_data(cfg, processor, judge, display)
+            dist.together(lambda: dist.is_host_main() and weights.find(cfg.model))  # a download, once a host
+            folder = dist.together(lambda: weights.find(cfg.model))
+            dist.together(lambda: weights.read_config(folder))  # the cheapest thing that can be wrong with a model
+            processor = Processor(folder, cfg.prompt)
+            rows, tasks, sizes, hashes = setup.load_data(cfg, processor, judge, display)
+        run_folder.check_rows(rows_then, hashes, cfg, progress, display.note)
+        checkpoints.about = {"recipe": recipe, "rows": hashes}
         planned = dist.on_main(lambda: plan.forecast(cfg, folder, sizes))
+        dist.together(lambda: plan.check(planned, device, display.note))
         policy = setup.load_policy(cfg, folder, device, processor, empty=bool(latest))
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
         dist.together(lambda: [policy.learns(phase.freeze) for phase in cfg.phases.values()])
         if dist.is_main():
-            metrics.write_atomically(run / "recipe.yaml", recipe.encode())
+            run_folder.write_recipe(run, recipe, progress.step, display.note)
         judge.workers.between = watch.check
         trainer = setup.make_trainer(cfg, run, policy, folder, processor, judge, display, progress, watch)
         before = progress.wall_s
@@ -110,7 +123,8 @@ def train(cfg, device):
             for name, phase in cfg.phases.items():
                 if progress.phase_done(name, cfg.phases):
                     continue
-                trainer.start_phase(name, rows[name], setup.load_reference(cfg, run, name, policy, folder, progress))
+                reference = setup.load_reference(cfg, run, name, policy, folder, progress, display.note)
+                trainer.start_phase(name, rows[name], reference)
                 if latest and progress.phase_step:
                     checkpoints.load(latest, policy, model=False)
                     if look(name, phase):  # an evaluation that SIGTERM cut short; its step has a checkpoint
@@ -118,19 +132,21 @@ def train(cfg, device):
                 while progress.phase_step < phase.steps:
                     trainer.step()
                     look(name, phase)
-                    if is_due(cfg.checkpoint.every_steps, progress, phase) and trainer.sound:
+                    due = is_due(cfg.checkpoint.every_steps, progress, phase)
+                    if (due or checkpoints.is_old()) and progress.phase_step < phase.steps and trainer.sound:
                         save(score_of(progress, f"{name} {progress.phase_step}"))
                 if tasks:
                     measure(name)
                 progress.finished = name
                 save(score_of(progress, name))
                 if dist.is_main():
-                    write_report(run)
+                    try_report(run, display.note)
             checkpoints.wait()
-            finish(cfg, run, progress, policy, folder, before + time.monotonic() - began)
+            finish(cfg, run, progress, policy, folder, before + time.monotonic() - began, display.note)
 
         with display, contextlib.closing(trainer.sampler):
             try:
+                watch.begun = True
                 walk()
                 pool = trainer.sampler.pool_bytes
             except (UserError, Preempted) as stop:
@@ -141,8 +157,11 @@ def train(cfg, device):
                 checkpoints.wait()  # for what is being written, in any case
                 if isinstance(stop, UserError):
                     raise
-                display.note(f"stopped by SIGTERM after step {progress.step}: start the same command again to go on")
-                sys.exit(143)
+                number = signal.Signals(watch.stopping or signal.SIGTERM)  # without one: another rank had it
+                display.note(
+                    f"stopped by {number.name} after step {progress.step}: start the same command again to go on"
+                )
+                sys.exit(status_of(number))
         if tasks and dist.is_main():
             metrics.print_accuracy(progress.accuracy)
         if dist.is_main():
@@ -161,10 +180,10 @@ def score_of(progress, moment):
     return sum(accuracy.values()) / len(accuracy) if accuracy else None
 
 
-def finish(cfg, run, progress, policy, folder, wall_s):
+def finish(cfg, run, progress, policy, folder, wall_s, note):
     """Write what a run leaves behind: model/, summary.json, report.html."""
     from nanolmmr1 import checkpoint, dist, metrics, weights
-    from nanolmmr1.report import write_report
+    from nanolmmr1.report import try_report
 
     checkpoint.write_folder(run / "model", lambda path: weights.save(policy.model, path, folder, policy.dtype))
     if not dist.is_main():
@@ -175,8 +194,11 @@ def finish(cfg, run, progress, policy, folder, wall_s):
         "peak_rss_mb": metrics.peak_rss_mb(),
         "steps": progress.step,
     }
-    metrics.write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    write_report(run)
+    try:
+        metrics.write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    except OSError as error:
+        note(f"{run / 'summary.json'} cannot be written ({error}); started again, the run tries once more")
+    try_report(run, note)
 
 
 def print_help():
@@ -189,19 +211,27 @@ def print_help():
 
 def run(args):
     """The exit status; what is wrong is told on stderr."""
+    rank = os.environ.get("RANK", "0")
     try:
         main(args)
     except UserError as error:
         # What all ranks have, rank 0 tells; what one has alone, that one; what came before they met, one a host.
-        rank = os.environ.get("RANK", "0")
         if rank == "0" or is_own(error):
-            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+            text = f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}"
+            print(printable(text), file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: the disk is full ({error}): free some space and start again", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:  # see Watch; without a number it is Ctrl-C before there was one
+        from nanolmmr1.watch import status_of
+
+        number = signal.Signals(*stop.args or (signal.SIGINT,))
+        if rank == "0":
+            print(f"stopped by {number.name} before the first step", file=sys.stderr)
+        return status_of(number)
     except SystemExit as end:
         return end.code
     return 0
@@ -217,6 +247,7 @@ def is_own(error):
 if __name__ == "__main__":
     # Idle OpenMP threads sleep. Spinning, they starve each other tenfold as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    protect()
     if "RANK" not in os.environ:
         sys.exit(run(sys.argv[1:]))
     try:

@@ -48,6 +48,7 @@ class Checkpoints:
         timeout_s: a rank that keeps the others waiting for longer, while all write, ends the run.
 
     Attributes:
+        about: what each manifest also says of the run: its recipe, and the hash of each phase's rows.
         held_s: how long the last `save` kept training waiting. write_s: how long its writing took; known after `wait`.
     """
 
@@ -57,7 +58,12 @@ class Checkpoints:
         timeout = timedelta(seconds=timeout_s)
         self.group = td.new_group(backend="gloo", timeout=timeout) if dist.size() > 1 else None
         self.thread, self.stands, self.notes, self.crash = None, True, [], None
-        self.held_s = self.write_s = 0.0
+        self.about, self.held_s, self.write_s, self.last = {"recipe": "", "rows": {}}, 0.0, 0.0, time.monotonic()
+
+    def is_old(self):
+        """Whether `every_minutes` have passed on the main rank since the last `save`, or since this was made."""
+        limit = 60 * self.cfg.every_minutes
+        return limit > 0 and dist.any_of(dist.is_main() and time.monotonic() - self.last >= limit)
 
     def save(self, step, policy, state, score=None):
         """Write step_N, then delete all but the newest `keep` and the best.
@@ -71,7 +77,7 @@ class Checkpoints:
             policy: has `model`, and `optimizer_tensors()`: name -> tensor of all its state, to read from and into.
             state: JSON-able. score: higher is better; None: not known.
         """
-        began = time.monotonic()
+        began = self.last = time.monotonic()
         self.wait()
         folder = self.run / "checkpoints" / f"step_{step}"
         due, wrong = dist.on_main(lambda: self._begin(folder))
@@ -81,7 +87,8 @@ class Checkpoints:
             dist.on_main(lambda: self._rate(folder.name, score))
         if due:
             tensors = _tensors(policy)
-            about = {"step": step, "ranks": dist.size(), "score": score, "tensors": manifest.table(tensors)}
+            about = self.about | {"step": step, "ranks": dist.size(), "score": score}
+            about["tensors"] = manifest.table(tensors)
             gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
             if self.cfg.background:
                 tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -308,18 +315,21 @@ def write_folder(folder, write):
             temporary.mkdir(parents=True)
 
     def flush():  # when all have written: each rank has what it wrote in its own host's memory
+        mode = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors lets nobody but the owner read
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
 
     def publish():
         if dist.is_main():
             old = folder.with_name(f"{folder.name}.old.tmp")
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            _remove(old)
+            if os.path.lexists(folder):
                 os.replace(folder, old)  # there is a moment without it, but never a part of it
             os.replace(temporary, folder)
             sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     for work in (clear, lambda: write(temporary), flush, publish):
 
@@ -335,3 +345,11 @@ def write_folder(folder, write):
             if dist.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise _disk_error(folder, wrong[0])
+
+
+def _remove(path):
+    """Remove a folder, a file, or a link, of which the target stays; nothing if there is none."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

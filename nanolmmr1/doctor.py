@@ -35,6 +35,7 @@ from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.terminal import printable, protect
 
 EXTRAS = {"vllm": "vllm", "flash-attn": "flash", "liger-kernel": "bench"}  # optional package -> what brings it
 KERNEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest error, relative to the largest right value
@@ -73,7 +74,7 @@ class Report:
             result = f"skipped: {reason}"
         except Exception as error:  # whatever it is, this row says so and the others follow
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            result = f"failed: {kind}{error}".partition("\n")[0]
+            result = printable(f"failed: {kind}{error}".partition("\n")[0])
         self.results[name] = result
         self.row(name, result, found, f"{time.perf_counter() - began:4.1f}")
 
@@ -243,12 +244,15 @@ def main(args):
             report.check("vllm sleep, wake", patient.sleep, after="vllm load")
             if report.results["vllm load"] == "ok":
                 patient.vllm.close()
-    failed = sum(result.startswith("failed") for result in report.results.values())
-    print(f"{failed} of {len(report.results)} checks failed in {time.perf_counter() - began:.0f} s")
+    ok, skipped, failed = (
+        sum(result.startswith(kind) for result in report.results.values()) for kind in ("ok", "skipped", "failed")
+    )
+    print(f"{ok} checks ok, {skipped} skipped, {failed} failed in {time.perf_counter() - began:.0f} s")
     return int(failed > 0)
 
 
 if __name__ == "__main__":
+    protect()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -16,7 +16,7 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda
     Args:
         tasks: name -> (rows, captions).
         max_tokens: of an answer; a longer one is judged as far as it goes.
-        check: called between tokens; may raise Preempted, which all ranks then do.
+        check: called between prompts and between tokens; may raise Preempted, which all ranks then do.
 
     Returns:
         {task: fraction}
@@ -37,8 +37,10 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda
 
             try:
                 for start in range(0, len(own), ROWS):
-                    some = own[start : start + ROWS]
-                    prompts = [processor.prepare(row, captions) for row in some]
+                    some, prompts = own[start : start + ROWS], []
+                    for row in some:
+                        check(0)
+                        prompts.append(processor.prepare(row, captions))
                     groups = sampler.generate(prompts, params, [(0,)] * len(prompts), told)
                     texts = [processor.decode(group.responses[0].ids) for group in groups]
                     verdicts = judge.score([(text, row.public()) for text, row in zip(texts, some, strict=True)])

@@ -3,6 +3,7 @@
 manifest.json:
 
     format, step, ranks    of the writing run
+    recipe, rows           its resolved recipe as YAML; phase -> hash of its rows
     score                  what it evaluated to, or null
     tensors                name -> [dtype, shape]: what a policy must have in common with it
     files                  name -> [bytes, sha256]
@@ -20,7 +21,7 @@ from torch.futures import Future
 
 from nanolmmr1 import dist
 
-FORMAT = 1
+FORMAT = 2
 FILE_BYTES = 256 << 20  # of a rank's shards; two copies of a file are in memory while safetensors writes it
 
 

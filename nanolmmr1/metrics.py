@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from nanolmmr1.config import UserError
+from nanolmmr1.terminal import printable
 
 THUMBNAIL_SIDE = 160
 FIGURES = {  # shown beside each bar: name -> (metrics key, number format)
@@ -43,28 +44,40 @@ FIGURES = {  # shown beside each bar: name -> (metrics key, number format)
 def write_atomically(path, data):
     """Replace a file by `data` (bytes): after a kill the old content or the new one is there, never a part."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
-def read_lines(path):
+def read_lines(path, unreadable=None):
     """The records of a .jsonl file, oldest first; [] where there is no file. A torn last line is left out.
 
+    Args:
+        unreadable: of a run's log, a list that is given the lines that no step has written, as bytes.
+
     Raises:
-        UserError: a complete line that is not a JSON object.
+        UserError: a complete line that is not a JSON object, and no list for it. OSError: the disk's.
     """
     records = []
     for number, line in enumerate(_complete_lines(path), 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error}); remove that line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number} holds {type(record).__name__}, not an object; remove that line")
-        records.append(record)
+            wrong = "" if isinstance(record, dict) else f"holds {type(record).__name__}, not an object"
+        except (ValueError, RecursionError) as error:
+            wrong = f"is not JSON ({error})"
+        if unreadable is not None and (wrong or not isinstance(record.get("step"), int)):
+            unreadable.append(line)
+        elif wrong:
+            raise UserError(f"{path}:{number} {wrong}; remove that line")
+        else:
+            records.append(record)
     return records
 
 
@@ -116,33 +129,93 @@ class StageTimer:
         self._seconds = {}
 
 
-class MetricsLog:
+class _Log:
+    """A log of a run folder: a record a line, in order of steps. Nothing that is wrong with it ends the run.
+
+    Args:
+        note: told what a user should know.
+    """
+
+    name = ""
+
+    def __init__(self, folder, note=print):
+        self.path, self.note = Path(folder) / self.name, note
+        self.size, self.waiting, self.told = 0, b"", False  # bytes written; lines not written yet; whether that is told
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if self.path.exists() and not self.path.is_file():
+                self._set_aside("is no file")
+            self._rewrite(lambda record: True)
+        except OSError as error:
+            self._set_aside(f"cannot be read ({error})")
+
+    def truncate(self, step):
+        """Drop the records of steps after `step`: what a resumed run will write again."""
+        try:
+            self._rewrite(lambda record: record["step"] <= step)
+        except OSError as error:
+            self.note(f"{self.path} cannot be cut back to step {step}: {error}")
+
+    def _rewrite(self, wanted):
+        """Keep the wanted records. Lines that no step has written are moved to a file beside the log."""
+        unreadable, lines = [], _complete_lines(self.path)
+        records = read_lines(self.path, unreadable)
+        strange = set(unreadable)
+        kept = [line for line, record in zip((x for x in lines if x not in strange), records, strict=True)
+                if wanted(record)]
+        if unreadable:
+            aside = self.path.with_suffix(".unreadable")
+            with open(aside, "ab") as file:
+                file.writelines(unreadable)
+            self.note(f"{self.path}: {len(unreadable)} lines are no records of a step; they are kept in {aside.name}")
+        data = b"".join(kept)
+        if self.path.exists() and self.path.stat().st_size != len(data):
+            write_atomically(self.path, data)
+        self.size = len(data)
+
+    def _set_aside(self, why):
+        aside = self.path.with_suffix(f".aside{time.time_ns()}")
+        with contextlib.suppress(OSError):
+            os.replace(self.path, aside)
+        self.note(f"{self.path} {why}; it is kept as {aside.name}, and a new one is begun")
+
+    def _append(self, record):
+        """Write a record. What the disk does not take now is kept, and written with the next one."""
+        # ASCII: any text of data or model can be written, a lone surrogate too.
+        self.waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                end = min(self.size, os.fstat(file.fileno()).st_size)  # a full disk may have taken a part of a line
+                file.seek(end)
+                file.truncate()
+                file.write(self.waiting)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not self.told:
+                self.note(f"{self.path} cannot be written ({error}): its lines wait until it can")
+            self.told = True
+        else:
+            self.size, self.waiting, self.told = end + len(self.waiting), b"", False
+
+
+class MetricsLog(_Log):
     """`metrics.jsonl` of a run folder: one flat record a step, on disk when `write` returns."""
 
-    def __init__(self, folder):
-        self.path = _opened(folder, "metrics.jsonl")
+    name = "metrics.jsonl"
 
     def write(self, record):
         """Append a record. JSON has no NaN or infinity: such a value becomes null, its key named under `nonfinite`."""
         nonfinite = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
         if nonfinite:
             record = record | dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
-        _append(self.path, record)
-
-    def position(self):
-        """How many records there are: what a checkpoint remembers."""
-        return len(_complete_lines(self.path))
-
-    def truncate(self, num_lines):
-        """Drop the records after the first `num_lines`: what a resumed run will write again."""
-        write_atomically(self.path, b"".join(_complete_lines(self.path)[:num_lines]))
+        self._append(record)
 
 
-class SampleLog:
+class SampleLog(_Log):
     """`samples.jsonl` of a run folder: one kept group a line, its pictures inside as small PNGs."""
 
-    def __init__(self, folder):
-        self.path = _opened(folder, "samples.jsonl")
+    name = "samples.jsonl"
 
     def write(self, record):
         """Append a group.
@@ -152,12 +225,7 @@ class SampleLog:
                 "responses": [{"text", "reward", "advantage", "parts": {name: number}}]}. Pictures become base64 PNGs of
                 at most 160 pixels a side.
         """
-        _append(self.path, record | {"images": [_thumbnail(image) for image in record["images"]]})
-
-    def truncate(self, step):
-        """Drop the groups of steps after `step`."""
-        lines = zip(_complete_lines(self.path), read_lines(self.path), strict=True)
-        write_atomically(self.path, b"".join(line for line, record in lines if record["step"] <= step))
+        self._append(record | {"images": [_thumbnail(image) for image in record["images"]]})
 
 
 class Display:
@@ -214,6 +282,7 @@ class Display:
 
     def note(self, text):
         """A line that stays, above the bars."""
+        text = printable(text)
         if self.bars:
             self.bars.console.print(text, soft_wrap=True)
         elif not self.quiet:
@@ -319,23 +388,6 @@ def _thumbnail(image):
     png = io.BytesIO()
     small.save(png, "PNG")
     return base64.b64encode(png.getvalue()).decode()
-
-
-def _opened(folder, name):
-    """The log's path, its folder made, and the torn line of a killed writer cut off: an append would land on it."""
-    path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        os.truncate(path, sum(map(len, _complete_lines(path))))
-    return path
-
-
-def _append(path, record):
-    line = json.dumps(record, allow_nan=False)  # ASCII: any text of data or model can be written, a lone surrogate too
-    with open(path, "ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())  # checkpoints count lines
 
 
 def _complete_lines(path):

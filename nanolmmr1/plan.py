@@ -12,6 +12,7 @@ Next: plan_stages.py, the stages; plan_memory.py, what blocks, head and sampler 
 """
 
 import copy
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from nanolmmr1.config import UserError
 from nanolmmr1.plan_stages import GB, Longest, Plan, machine
 from nanolmmr1.prompt import Processor
 from nanolmmr1.reward import Judge
+from nanolmmr1.terminal import printable
 
 HEADINGS = {  # part of a stage -> heading
     "weights": "weights", "gradients": "grads", "optimiser": "optim.", "reference": "ref.", "gathered": "gathered",
@@ -59,7 +61,7 @@ def show(cfg):
     parameters = next(iter(plans.values())).count.total
     console.print(f"{cfg.name}: {cfg.model}, {parameters / 1e9:.2f} B parameters, on {where.name}\n")
     for line in notes:
-        console.print(line)
+        console.print(printable(line))
     console.print(phase_table(plans, longest))
     for names, plan in alike(plans):
         console.print(memory_table(plan, f"GB a rank, {', '.join(names)}", floor))
@@ -84,6 +86,25 @@ def forecast(cfg, folder, sizes):
     left_out = "sampler" if where.device == "cuda" and cfg.rollout.engine == "vllm" else None
     stages = [stage for plan in make_plans(cfg, model, where, longest).values() for stage in plan.stages()]
     return floor + max(stage.total - stage.parts.get(left_out, 0) for stage in stages)
+
+
+def check(planned, device, note):
+    """Refuse a run whose forecast is over twice the memory of this machine, before it allocates; tell of any other
+    that is over it: forecasts take every response to be as long as allowed.
+
+    Raises:
+        UserError: the forecast, the memory and what to change.
+    """
+    if device == "cuda":
+        memory = torch.cuda.mem_get_info()[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if planned > memory:
+        text = (f"a rank may take up to {planned / GB:,.1f} GB, and has {memory / GB:,.1f}: `--plan` tells which stage "
+                "of a step takes it; pack.tokens_per_micro_batch, rollout.max_sequences and a phase's limits change it")
+        if planned > 2 * memory:
+            raise UserError(text)
+        note(text)
 
 
 def compare(planned, device, pool=0):
@@ -168,8 +189,9 @@ def find_longest(cfg, phase, sizes):
 def make_plans(cfg, model, where, longest):
     """Phase -> Plan."""
     last, every = list(cfg.phases)[-1], cfg.checkpoint.every_steps
+    soonest = 1 if cfg.checkpoint.every_minutes else every  # step after which a checkpoint may be written
     return {
-        name: Plan(cfg, phase, model, where, longest[name], more=name != last or 0 < every < phase.steps)
+        name: Plan(cfg, phase, model, where, longest[name], more=name != last or 0 < soonest < phase.steps)
         for name, phase in cfg.phases.items()
     }
 

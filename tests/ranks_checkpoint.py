@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanolmmr1 import checkpoint, dist, manifest, setup, shard
+from nanolmmr1 import checkpoint, dist, manifest, run_folder, shard
 from nanolmmr1 import policy as policy_of_trainer
 from nanolmmr1.schema import Checkpoint
 
@@ -164,7 +164,7 @@ def die(run, victim, moment):
 def folders(run):
     """write_folder and the lock, on all ranks."""
     said = []
-    with setup.locked(run):
+    with run_folder.locked(run):
         checkpoint.write_folder(run / "made", lambda path: (path / f"of_{dist.rank()}").write_text("good"))
 
         def fail(path):
@@ -181,7 +181,7 @@ def folders(run):
         dist.barrier()
         (run / "file").write_text("")
         try:
-            with setup.locked(run / "file"):
+            with run_folder.locked(run / "file"):
                 pass
         except dist.SharedError as error:
             said.append(str(error))

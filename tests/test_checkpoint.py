@@ -15,7 +15,7 @@ import torch
 from ranks import on_disk_of
 from small import small_model, small_recipe
 
-from nanolmmr1 import checkpoint, manifest, setup
+from nanolmmr1 import checkpoint, manifest, run_folder
 from nanolmmr1.config import UserError
 from nanolmmr1.policy import Policy
 from nanolmmr1.schema import Checkpoint
@@ -243,8 +243,8 @@ def test_another_version_is_refused_and_not_called_damaged(tmp_path, policy, mon
 
     with pytest.raises(UserError, match="step_1 was written by another version .*'step'"):
         own.newest(Later)
-    monkeypatch.setattr(manifest, "FORMAT", 2)
-    with pytest.raises(UserError, match="step_1 was written by another version .*its format is 1, not 2"):
+    monkeypatch.setattr(manifest, "FORMAT", 9)
+    with pytest.raises(UserError, match="step_1 was written by another version .*its format is 2, not 9"):
         own.newest(Progress)
     assert names(tmp_path / "checkpoints") == ["step_1"]
 
@@ -370,8 +370,8 @@ HOLD = """
 import sys
 import threading
 from pathlib import Path
-from nanolmmr1 import setup
-with setup.locked(Path(sys.argv[1])):
+from nanolmmr1 import run_folder
+with run_folder.locked(Path(sys.argv[1])):
     print("held", flush=True)
     input()
 """
@@ -388,21 +388,21 @@ def holder(tmp_path):
 
 
 def test_a_run_folder_belongs_to_one_process(tmp_path, holder):
-    with pytest.raises(UserError, match="another process is writing"), setup.locked(tmp_path / "run"):
+    with pytest.raises(UserError, match="another process is writing"), run_folder.locked(tmp_path / "run"):
         pass
     holder.kill()  # a killed holder leaves no lock behind
     holder.wait()
-    with setup.locked(tmp_path / "run"):
+    with run_folder.locked(tmp_path / "run"):
         pass
 
 
 def test_a_restarted_run_waits_for_its_forerunner_and_no_longer(tmp_path, holder, monkeypatch):
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1")):  # as torchrun starts it
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(setup, "LOCK_WAIT_S", 0.2)
-    with pytest.raises(UserError, match="another process is writing"), setup.locked(tmp_path / "run"):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.2)
+    with pytest.raises(UserError, match="another process is writing"), run_folder.locked(tmp_path / "run"):
         pass
-    monkeypatch.setattr(setup, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 60.0)
     pauses = []
 
     def pause(seconds):
@@ -410,20 +410,20 @@ def test_a_restarted_run_waits_for_its_forerunner_and_no_longer(tmp_path, holder
         holder.kill()
         holder.wait()
 
-    monkeypatch.setattr(setup.time, "sleep", pause)
-    with setup.locked(tmp_path / "run"):
+    monkeypatch.setattr(run_folder.time, "sleep", pause)
+    with run_folder.locked(tmp_path / "run"):
         assert len(pauses) == 1
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot be written"), setup.locked(run):
+        with pytest.raises(UserError, match="cannot be written"), run_folder.locked(run):
             pass
 
 
 def test_errors_of_the_work_under_the_lock_are_its_own(tmp_path):
-    with pytest.raises(PermissionError, match="not yours"), setup.locked(tmp_path):
+    with pytest.raises(PermissionError, match="not yours"), run_folder.locked(tmp_path):
         raise PermissionError("not yours")
 
 
@@ -433,7 +433,8 @@ def test_the_manifest_names_all_that_a_policy_is_made_of(tmp_path, policy):
     moments = {f"optimizer/{name}/{key}" for name in policy.trained for key in ("step", "exp_avg", "exp_avg_sq")}
     assert set(told["tensors"]) == moments | {f"model/{name}" for name, _ in policy.model.named_parameters()}
     assert told["tensors"]["model/model.embed_tokens.weight"] == ["float32", [48, 32]]
-    assert (told["format"], told["step"], told["ranks"], told["score"]) == (1, 1, 1, 0.5)
+    assert (told["format"], told["step"], told["ranks"], told["score"]) == (2, 1, 1, 0.5)
+    assert told["recipe"] == "" and told["rows"] == {}  # which a run fills in
 
 
 def test_a_checkpoint_of_many_files_comes_back(tmp_path, policy, monkeypatch):

@@ -33,8 +33,10 @@ def table(text):
         title, *cells = (line[a:b].strip() for a, b in pairwise(starts))
         name = title or name
         rows[name] = [f"{old} {more}".strip() for old, more in zip(rows.get(name, [""] * 3), cells, strict=True)]
-    failed, count, seconds = map(int, re.fullmatch(r"(\d+) of (\d+) checks failed in (\d+) s", lines[-1]).groups())
-    assert count == len(rows) and failed == sum(result.startswith("failed") for result, *_ in rows.values())
+    closing = re.fullmatch(r"(\d+) checks ok, (\d+) skipped, (\d+) failed in (\d+) s", lines[-1])
+    *counts, seconds = map(int, closing.groups())
+    kinds = [re.split(r"\W", result)[0] for result, *_ in rows.values()]
+    assert counts == [kinds.count(kind) for kind in ("ok", "skipped", "failed")] and sum(counts) == len(rows)
     return rows, seconds
 
 

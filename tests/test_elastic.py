@@ -41,17 +41,18 @@ def test_killed_three_times_a_run_finishes_by_itself_with_the_same_weights(recip
         assert again.end() == 1 and "holds a run already" in again.said()
 
 
-def test_sigterm_ends_a_run_in_time_after_a_checkpoint_of_its_last_whole_step(recipe, undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_in_time_after_a_checkpoint_of_its_last_whole_step(recipe, undisturbed, tmp_path, number):
     args = [*recipe, "checkpoint.every_steps=0"]  # none is due: the one that is found is the signal's
     with Run(tmp_path / "run", args) as run:
         run.wait_for(lambda: back(run) and all(run.stage(*pair)["step"] > 2 for pair in run.ranks().items()), "step 3")
         began = time.monotonic()
-        run.process.send_signal(signal.SIGTERM)
+        run.process.send_signal(number)
         run.end(30)
         took = time.monotonic() - began
-    print(f"ended {took:.1f} s after SIGTERM")
+    print(f"ended {took:.1f} s after {number.name}")
     assert took < 15  # torchrun would kill the ranks after 30
-    step = int(re.search(r"stopped by SIGTERM after step (\d+): start the same command again", run.said())[1])
+    step = int(re.search(rf"stopped by {number.name} after step (\d+): start the same command again", run.said())[1])
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == [f"step_{step}"]
     assert 2 <= step < STEPS and not (run.folder / "model").exists()
     with Run(tmp_path / "run", args) as run:

@@ -1,6 +1,7 @@
 """Held-out accuracy: greedy answers to every row, each task's share of right ones."""
 
-from small import BANNED, STOP, SmallJudge, SmallProcessor, small_model, small_recipe
+import pytest
+from small import BANNED, STOP, Bell, SmallJudge, SmallProcessor, small_model, small_recipe
 
 from nanolmmr1.data import Row
 from nanolmmr1.evaluate import evaluate
@@ -8,6 +9,7 @@ from nanolmmr1.metrics import Display
 from nanolmmr1.policy import Policy
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.watch import Preempted
 
 ROWS = [Row(str(n), "") for n in range(12)]
 
@@ -39,3 +41,23 @@ def test_answers_are_no_longer_than_asked():
     lengths = []
     accuracy({"all": (ROWS, False)}, lambda ids, row: lengths.append(len(ids)) or 0.0, max_tokens=3)
     assert max(lengths) == 3
+
+
+def test_a_run_that_is_told_to_stop_prepares_no_further_prompt():
+    class Processor(SmallProcessor):
+        prepared = 0
+
+        def prepare(self, row, captions):
+            self.prepared += 1
+            return super().prepare(row, captions)
+
+    processor, watch = Processor(), Bell()
+
+    def check(done):
+        watch.stopping = processor.prepared == 5
+        watch.check()
+
+    sampler, judge = LocalSampler(Policy(small_model(), small_recipe(), BANNED)), SmallJudge(lambda *_: 1.0)
+    with pytest.raises(Preempted):
+        evaluate({"all": (ROWS, False)}, sampler, processor, judge, 3, Display({}, quiet=True), check)
+    assert processor.prepared == 5

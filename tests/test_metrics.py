@@ -68,7 +68,6 @@ def test_a_record_is_on_disk_as_one_line_when_write_returns(tmp_path):
     log.write({"phase": "text", "step": 2, "reward/overall": 0.25})
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["reward/overall"] for line in lines] == [0.5, 0.25]
-    assert log.position() == 2
 
 
 def test_numbers_that_json_lacks_become_null_and_are_named(tmp_path):
@@ -87,14 +86,14 @@ def test_a_torn_last_line_is_dropped_at_open_and_ignored_by_a_reader(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"step": 2, "rew')
     assert read_lines(path) == [{"step": 1}]
     log = MetricsLog(tmp_path)
-    assert log.position() == 1
+    assert path.read_bytes() == b'{"step": 1}\n'
     log.write({"step": 2})
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"st')
-    assert MetricsLog(tmp_path).position() == 0
+    MetricsLog(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
@@ -107,6 +106,57 @@ def test_truncate_keeps_the_first_records_and_writing_goes_on_after_them(tmp_pat
     log.write({"step": 7})
     assert [record["step"] for record in read_lines(log.path)] == [*left, 7]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+GARBAGE = [b"{oops}", b"[1]", b'{"a": 1}', b'{"step": "x"}', b"\xff\xfe\x00", b"[" * 100_000, b"null", b""]
+
+
+@pytest.mark.parametrize("line", GARBAGE, ids=lambda line: repr(line[:12]))
+@pytest.mark.parametrize("kind", [MetricsLog, SampleLog])
+def test_a_spoilt_line_of_a_log_is_kept_aside_and_told_and_the_others_stay(tmp_path, kind, line):
+    path, notes = tmp_path / kind.name, []
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    log = kind(tmp_path, notes.append)
+    assert [record["step"] for record in read_lines(path)] == [1, 2]
+    assert path.with_suffix(".unreadable").read_bytes() == line + b"\n"
+    assert len(notes) == 1 and "1 lines are no records" in notes[0]
+    log.truncate(1)
+    assert [record["step"] for record in read_lines(path)] == [1] and len(notes) == 1
+
+
+def test_something_else_of_a_logs_name_is_set_aside(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "metrics.jsonl" / "mine").write_text("kept")
+    notes = []
+    MetricsLog(tmp_path, notes.append).write({"step": 1})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    (aside,) = tmp_path.glob("metrics.aside*")
+    assert (aside / "mine").read_text() == "kept" and aside.name in notes[0]
+
+
+def test_lines_that_the_disk_does_not_take_are_written_with_the_next_one(tmp_path):
+    notes, room = [], tmp_path / "room"
+    log = MetricsLog(tmp_path, notes.append)
+    log.write({"step": 1})
+    before = log.path.rename(room)
+    log.path.mkdir()  # as good as a full disk: it cannot be opened for writing
+    log.write({"step": 2})
+    log.write({"step": 3})
+    assert len(notes) == 1 and "cannot be written" in notes[0]
+    log.path.rmdir()
+    before.rename(log.path)
+    with open(log.path, "ab") as file:
+        file.write(b'{"st')  # the part of a line that the disk had room for
+    log.write({"step": 4})
+    assert [record["step"] for record in read_lines(log.path)] == [1, 2, 3, 4] and len(notes) == 1
+
+
+def test_a_log_that_was_deleted_amid_the_run_is_begun_anew(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1})
+    log.path.unlink()
+    log.write({"step": 2})
+    assert log.path.read_bytes() == b'{"step": 2}\n'
 
 
 def test_a_failed_atomic_write_leaves_the_old_file(tmp_path):

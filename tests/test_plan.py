@@ -353,7 +353,7 @@ def test_a_run_takes_what_was_planned(size, ranks, folder_3b, tmp_path):
     said = python(
         *torchrun, ROOT / "train.py", "single", f"model={folder}", f"output={run}", f"phases.train.data={data}",
         "phases.train.steps=2", "phases.train.prompts_per_step=3", "phases.train.group_size=2",
-        "phases.train.max_response_tokens=8", "device=cpu", "reward.workers=1", "checkpoint.background=false",
+        "phases.train.max_response_tokens=8", "device=cpu", "reward.workers=1", "checkpoint.background=false", "checkpoint.every_minutes=0",
     )  # fmt: skip
     told = next(line for line in said if line.startswith("peak of resident memory:"))
     found, planned = (float(gb) for gb in re.findall(r"\d+\.\d\d(?= GB| at most)", told))
@@ -388,3 +388,13 @@ def test_a_model_that_cannot_be_had_is_said_to_be(tmp_path):
         plan.show(recipe(overrides=["model=nobody/nothing"]))
     with pytest.raises(UserError, match="world:model"):
         plan.show(config.load("desk", overrides=[f"output={tmp_path}"]))
+
+
+def test_what_no_memory_here_could_hold_is_refused_before_it_is_allocated():
+    notes, memory = [], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    plan.check(0.9 * memory, "cpu", notes.append)
+    assert not notes
+    plan.check(1.5 * memory, "cpu", notes.append)
+    assert len(notes) == 1 and "a rank may take up to" in notes[0]
+    with pytest.raises(UserError, match=r"a rank may take up to .* GB, and has .*`--plan`"):
+        plan.check(2.1 * memory, "cpu", notes.append)

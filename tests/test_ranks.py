@@ -203,7 +203,8 @@ def choosing(folder):
         def measure(self, row, captions):
             return len(row.problem), 0
 
-    rows, _, sizes = setup.load_data(cfg, Processor(), Judge(), Display({}, quiet=True))
+    rows, _, sizes, hashes = setup.load_data(cfg, Processor(), Judge(), Display({}, quiet=True))
+    assert hashes == {"train": setup.hash_rows(rows["train"])}
     return [[row.problem, *size] for row, size in zip(rows["train"], sizes["train"], strict=True)]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nanolmmr1.config import UserError
 from nanolmmr1.metrics import MetricsLog, SampleLog
-from nanolmmr1.report import duration, phase_bands, write_report
+from nanolmmr1.report import duration, phase_bands, try_report, write_report
 from nanolmmr1.report_chart import chart, number, round_step, running_mean, y_ticks
 
 PHASES = {"text": 6, "with captions": 4, "images": 2}
@@ -186,12 +186,33 @@ def test_a_run_that_was_killed_is_reported_up_to_there(tmp_path):
     assert Reader(page).count("path", "curve") == 2  # reward and the task's start; no norm was finite
 
 
-def test_what_is_no_run_folder_is_refused_and_a_spoilt_file_is_named(tmp_path):
+def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder '.*gone'"):
         write_report(tmp_path / "gone")
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
-        write_report(tmp_path)
+
+
+SPOILT = {
+    "summary.json": ("{", "[]", "\\xff", "[" * 100_000),
+    "metrics.jsonl": ("{oops}\n", "[1]\n", '{"phase": 5, "step": "x"}\n'),
+    "samples.jsonl": ("null\n", "\\xff\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in SPOILT.items() for text in texts])
+def test_a_spoilt_file_is_left_out_and_the_page_says_so(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert "Left out: " in write_report(tmp_path).read_text() and name in write_report(tmp_path).read_text()
+
+
+def test_a_report_that_cannot_be_made_is_told_and_ends_nothing(tmp_path):
+    notes = []
+    (tmp_path / "samples.jsonl").write_text('{"phase": "a", "step": 1}\n')  # a line of the right kind, and no group
+    try_report(tmp_path, notes.append)
+    try_report(tmp_path / "gone", notes.append)
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "report.html").mkdir()
+    try_report(tmp_path, notes.append)
+    assert len(notes) == 3 and all("report.html could not be written" in note for note in notes)
 
 
 @pytest.mark.parametrize(("values", "ticks"), [

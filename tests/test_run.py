@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -374,6 +375,7 @@ def test_bad_arguments_are_refused_before_work_starts(run_here, tiny, tmp_path, 
 def test_a_folder_that_another_process_writes_is_refused(run_here, tiny, tmp_path):
     rows, out = write_rows(tmp_path / "rows.jsonl", sums(3)), tmp_path / "out"
     out.mkdir()
+    (out / ".nanolmmr1").touch()
     with open(out / ".lock", "w") as file:  # locks belong to the open file, so this is as good as another process
         fcntl.flock(file, fcntl.LOCK_EX)
         outcome = run_here("single", f"model={tiny}", f"phases.train.data={rows}", f"output={out}", *SMALL)
@@ -481,6 +483,7 @@ def test_a_task_that_comes_late_has_no_accuracy_of_the_start(single, run_here, t
 def test_a_run_in_an_embedded_world_resumes(run_here, tiny, tmp_path):
     world = tmp_path / "out" / "world"
     world.mkdir(parents=True)
+    (tmp_path / "out" / ".nanolmmr1").touch()
     (world / "model").symlink_to(tiny)
     write_rows(world / "rows.jsonl", sums(3))
     keys = {key: int(value) for key, _, value in (arg.removeprefix("phases.train.").partition("=") for arg in SMALL)}
@@ -491,6 +494,43 @@ def test_a_run_in_an_embedded_world_resumes(run_here, tiny, tmp_path):
     status, said, error = run_here(recipe, f"output={tmp_path / 'out'}")
     assert status == 0, error
     assert "2 steps" in said
+
+
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def test_a_signal_costs_no_whole_step_and_the_run_goes_on_from_there(single, tmp_path, number):
+    whole, _, args = single
+    out, told = tmp_path / "out", [*args, f"output={tmp_path / 'out'}", "phases.train.steps=1000"]
+    process = start(told, cwd=whole.parent)
+    for line in process.stdout:
+        if line.startswith("train  "):
+            break
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == STOPS[number] and not error
+    step = int(re.search(rf"stopped by {number.name} after step (\d+): start the same command again", said)[1])
+    assert step >= 1 and [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{step}"]
+    said = finish(start([*told[:-1], f"phases.train.steps={step + 1}"], cwd=whole.parent))
+    assert [record["step"] for record in read_lines(out / "metrics.jsonl")] == list(range(1, step + 2)), said
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def test_before_the_first_step_a_signal_ends_the_run_with_one_line(tiny, tmp_path, number):
+    waiting = (f"import pathlib, time\n\ndef varied(*_):\n    pathlib.Path({str(tmp_path / 'waiting')!r}).touch()\n"
+               "    time.sleep(9)\n    return 0\n")
+    rows = write_rows(tmp_path / "rows.jsonl", sums(3))  # the run is amid its look at them
+    process = start(["single", f"model={tiny}", f"phases.train.data={rows}", functions(tmp_path, waiting),
+                      f"output={tmp_path / 'out'}", *SMALL])  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == STOPS[number]
+    assert error == f"stopped by {number.name} before the first step\n" and "train" not in said
 
 
 def test_help_lists_every_key_and_recipe(run_here):

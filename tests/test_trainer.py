@@ -49,7 +49,7 @@ def test_a_step_tells_what_it_did_under_the_documented_names(tmp_path):
     assert record["reward/overall"] == pytest.approx(sum(rewards) / 16)
     assert record["perf/total_num_tokens"] == sum(lengths) + sum(len(g.prompt.ids) for g in groups)
     assert record["mismatch/logp_abs"] < 1e-5 and record["actor/entropy"] > 1
-    assert trainer.progress == Progress("train", phase_step=1, step=1, cursor=4, metric_lines=1)
+    assert trainer.progress == Progress("train", phase_step=1, step=1, cursor=4)
 
 
 def test_samples_show_first_and_last_step_with_rewards_and_advantages(tmp_path):
@@ -374,3 +374,19 @@ def test_a_tower_that_learns_alone_learns_nothing_from_text(tmp_path):
     before = weights_of(trainer)
     assert trainer.step()["actor/grad_norm"] == 0
     assert torch.equal(weights_of(trainer), before)
+
+
+def test_a_run_that_is_told_to_stop_prepares_no_further_prompt(tmp_path, monkeypatch):
+    watch = Bell()
+    trainer = small_trainer(tmp_path, watch=watch)
+    prepare, prepared = trainer.processor.prepare, []
+
+    def counted(row, captions):
+        prepared.append(row)
+        watch.stopping = len(prepared) == 2
+        return prepare(row, captions)
+
+    monkeypatch.setattr(trainer.processor, "prepare", counted)
+    with pytest.raises(Preempted):
+        trainer.step()
+    assert len(prepared) == 2 and trainer.progress.step == 0

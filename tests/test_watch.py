@@ -23,7 +23,7 @@ HANG_S = 2.0
 STUCK = rf"rank {{}} \({re.escape(socket.gethostname())}, pid {{}}\) has been in stage gen of step 12 for [1-9] s"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", watch.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_noticed_and_kills_nothing(number, tmp_path):
     before = signal.getsignal(number)
     with Watch(tmp_path, 300, 1800) as run:
@@ -34,6 +34,42 @@ def test_a_signal_is_noticed_and_kills_nothing(number, tmp_path):
         with pytest.raises(Preempted):
             run.check()
     assert signal.getsignal(number) == before
+
+
+def test_the_status_after_a_signal_is_a_shells():
+    assert {number.name: watch.status_of(number) for number in watch.SIGNALS} == {
+        "SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130, "SIGHUP": 129}
+
+
+@pytest.mark.parametrize("number", watch.SIGNALS, ids=lambda number: number.name)
+def test_before_there_is_anything_to_save_a_signal_ends_the_process(number, tmp_path):
+    with Watch(tmp_path, 300, 1800) as run:
+        run.begun = False
+        with pytest.raises(KeyboardInterrupt) as stop:
+            os.kill(os.getpid(), number)
+        assert stop.value.args == (number,)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_second_ctrl_c_ends_the_process_at_once(first, tmp_path):
+    code = ("import os, signal, sys\nfrom nanolmmr1.watch import Watch\n"
+            "with Watch('.', 300, 1800) as run:\n"
+            f"    os.kill(os.getpid(), {int(first)})\n    print('asked', flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    print('alive', flush=True)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "asked\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_that_was_ignored_when_the_run_began_stays_so(number, tmp_path):
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does, and a shell with its background jobs
+    try:
+        with Watch(tmp_path, 300, 1800) as run:
+            os.kill(os.getpid(), number)
+            assert not run.stopping
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_one_process_needs_no_thread_and_no_store(tmp_path):
