@@ -8,19 +8,25 @@ tokens then stand exactly where this file put them, and no data can end a turn o
 Next: pack.py, where a prompt and its responses share one token axis.
 """
 
+import contextlib
 import json
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from nanolmmr1.config import UserError
-from nanolmmr1.data import MARKER, Row, image_size, open_image
+from nanolmmr1.data import MARKER, Row, image_size, open_image, reason, shown
 
 MAX_ASPECT = 200  # as in Qwen2.5-VL's own smart_resize
+# Named rather than found by AutoTokenizer, which asks on the terminal whether to run a folder's own code.
+TOKENIZERS = {"Qwen2Tokenizer": Qwen2Tokenizer, "Qwen2TokenizerFast": Qwen2Tokenizer,
+              "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
+PUBLISHED = "as published with Qwen2.5-VL"
 
 
 @dataclass
@@ -49,29 +55,25 @@ class Processor:
     """
 
     def __init__(self, folder, cfg):
-        self.cfg = cfg
+        self.cfg, self.folder = cfg, shown(folder)
         if not (Path(folder) / "tokenizer.json").is_file():  # transformers would make an empty one, silently
-            raise UserError(f"{folder} has no tokenizer.json: give the folder of a Qwen2.5-VL")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            # Named rather than found by AutoImageProcessor, which prefers torchvision where that is installed:
-            # its pixels differ in the last bits, and one recipe would mean two things.
-            images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} needs tokenizer_config.json and preprocessor_config.json as published with "
-                            f"Qwen2.5-VL: {error}") from error
+            raise UserError(f"{self.folder} has no tokenizer.json: give the folder of a Qwen2.5-VL")
+        self.tokenizer = _load_tokenizer(folder)
         if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {folder} has no chat template: copy Qwen2.5-VL's tokenizer_config.json")
+            raise UserError(f"the tokenizer in {self.folder} has no chat template: copy Qwen2.5-VL's "
+                            "tokenizer_config.json")
         added = self.tokenizer.added_tokens_decoder
         self.special = {token.content: i for i, token in added.items() if token.special}
         if "<|image_pad|>" not in self.special:
-            raise UserError(f"the tokenizer in {folder} has no <|image_pad|> token: a Qwen2.5-VL folder is needed")
+            raise UserError(f"the tokenizer in {self.folder} has no <|image_pad|> token: a Qwen2.5-VL folder is needed")
         self.image_pad_id = self.special["<|image_pad|>"]
         vision = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
         self.banned_ids = [self.special[f"<|{name}|>"] for name in vision if f"<|{name}|>" in self.special]
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # in bytes: each stands there as a character
         stops = _generation_stops(folder) | {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         self.stop_ids = sorted(stops - {None})
 
+        images = _load_images(folder)
         self.patch, self.merge, self.frames = images.patch_size, images.merge_size, images.temporal_patch_size
         self.patch_dim, self.resample = 3 * self.frames * self.patch**2, images.resample
         # A channel has 256 values, so rescaling and normalising is a table; made by the processor, it is exact.
@@ -86,6 +88,9 @@ class Processor:
                 raise UserError(f"prompt.{key}={text!r}: {needed} must stand in it once")
             if MARKER in text:
                 raise UserError(f"prompt.{key}={text!r}: {MARKER} belongs in the rows' problems")
+        # The template is a program: what is wrong with it should show now, and not at the first prompt.
+        self._render(Row("1 + 1 = ?", "2", id="made up, of text"), False)
+        self._render(Row(f"{MARKER}How many?", "2", [b""], id="made up, with an image"), False)
 
     def messages(self, row, captions):
         """Chat messages: text and image parts in the order of the problem's markers.
@@ -105,6 +110,10 @@ class Processor:
             parts += [{"type": "image"}, {"type": "text", "text": text}]
         system = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         return system + [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
+
+    def at_least(self, row, captions):
+        """The fewest tokens that the row's texts can have by their length; nothing is tokenised."""
+        return sum(_fewest_bytes(text) for text in (row.problem, row.caption * captions)) // self.longest_token
 
     def measure(self, row, captions):
         """(tokens, image patches) of what `prepare` would make of the row, from picture headers alone."""
@@ -157,13 +166,17 @@ class Processor:
 
     def _tokenize(self, row, captions):
         """(token ids with one pad an image, chat text)."""
-        messages = self.messages(row, captions)
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._render(row, captions)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (pads := ids.count(self.image_pad_id)) != len(row.images):
             raise UserError(f"row {row.id}: the chat template shows {pads} of {len(row.images)} images; "
                             "use the template published with Qwen2.5-VL")
         return ids, text
+
+    def _render(self, row, captions):
+        messages = self.messages(row, captions)
+        with _blaming(f"row {row.id}: the chat template in {self.folder} fails; use the one published with Qwen2.5-VL"):
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _refuse_special(self, text, where):
         for token in self.special:
@@ -210,13 +223,96 @@ class Processor:
         return values.reshape(-1, self.patch_dim)
 
 
+def _fewest_bytes(text):
+    """Of the text once the tokenizer has normalised it: NFC makes one character of up to four."""
+    return len(text) if text.isascii() or unicodedata.is_normalized("NFC", text) else len(text) // 4
+
+
+@contextlib.contextmanager
+def _blaming(what):
+    """Turn whatever the block raises into a UserError: transformers, tokenizers and Jinja raise any type, bare
+    Exception too, at files and templates that are damaged or hostile."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({type(error).__name__}: {reason(error)})") from error
+
+
+def _load_tokenizer(folder):
+    path = Path(folder) / "tokenizer_config.json"
+    tree = _read_object(path)
+    name = tree.get("tokenizer_class", "Qwen2Tokenizer")
+    if not (isinstance(name, str) and name in TOKENIZERS):
+        raise UserError(f"{shown(path)}: tokenizer_class={name!r:.100} is not known: one of {', '.join(TOKENIZERS)}")
+    with _blaming(f"{shown(folder)} needs tokenizer.json, tokenizer_config.json and config.json {PUBLISHED}"):
+        tokenizer = TOKENIZERS[name].from_pretrained(folder, local_files_only=True)
+        if not tokenizer("1 + 1")["input_ids"]:
+            raise ValueError("it makes no tokens of text")
+        return tokenizer
+
+
+def _load_images(folder):
+    """The image processor. Named rather than found by AutoImageProcessor, which prefers torchvision where that is
+    installed: its pixels differ in the last bits, and one recipe would mean two things."""
+    path = next((path for name in ("preprocessor_config.json", "processor_config.json")
+                 if (path := Path(folder) / name).exists()), Path(folder) / "preprocessor_config.json")
+    _read_object(path)
+    with _blaming(f"{shown(path)} is not {PUBLISHED}"):
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+
+    def number(value, least, most):
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+    def whole(value, least, most):
+        return number(value, least, most) and isinstance(value, int)
+
+    for key, good, wanted in (
+        ("patch_size", lambda v: whole(v, 1, 1024), "a whole number from 1 to 1024"),
+        ("merge_size", lambda v: whole(v, 1, 64), "a whole number from 1 to 64"),
+        ("temporal_patch_size", lambda v: whole(v, 1, 64), "a whole number from 1 to 64"),
+        ("resample", lambda v: whole(v, 0, 5), "a filter from 0 to 5"),
+        ("rescale_factor", lambda v: number(v, 1e-9, 1e9), "a positive number"),
+        ("image_mean", lambda v: _three(v, lambda x: number(x, -1e9, 1e9)), "three numbers"),
+        ("image_std", lambda v: _three(v, lambda x: number(x, 1e-9, 1e9)), "three positive numbers"),
+    ):
+        value = getattr(images, key, None)
+        if not good(value):
+            raise UserError(f"{shown(path)}: {key}={value!r:.100}: {wanted} is needed, {PUBLISHED}")
+    return images
+
+
+def _three(values, good):
+    return isinstance(values, list | tuple) and len(values) == 3 and all(map(good, values))
+
+
+def _read_object(path):
+    """A JSON object of a model folder in which no key asks for code of the folder's own.
+
+    Raises:
+        UserError: missing, not that, or such a key.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+        if not isinstance(tree, dict):
+            raise ValueError(f"{type(tree).__name__} instead of named values")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{shown(path)} is not a JSON object {PUBLISHED}: {reason(error)}") from error
+    if "auto_map" in tree:
+        raise UserError(f"{shown(path)}: auto_map={tree['auto_map']!r:.100} wants code of the folder to be run, which "
+                        "is never done: remove it")
+    return tree
+
+
 def _generation_stops(folder):
     """The end tokens that generation_config.json names (Qwen2.5-VL: end of turn, end of text), if there is one."""
     path = Path(folder) / "generation_config.json"
-    if not path.is_file():
+    if not path.exists():
         return set()
-    try:
-        ids = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a JSON object: {error}") from error
-    return set(ids) if isinstance(ids, list) else {ids}
+    ids = _read_object(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for i in ids:
+        if not (isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31):
+            raise UserError(f"{shown(path)}: eos_token_id={i!r:.100}: a token's number, or a list of them, is needed")
+    return set(ids)

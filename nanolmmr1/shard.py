@@ -34,6 +34,7 @@ def load_sharded(folder, dist_cfg, device, dtype, master=torch.float32, offload=
     """
     with torch.device("meta"):
         model = Qwen25VL(weights.read_config(folder)).to(master)
+    weights.check_size(model, folder)
     shard(model, dist.mesh(device, dist_cfg.shard, dist_cfg.timeout_s), dtype, offload)
     model.to_empty(device="cpu" if offload else device)
     if not empty:

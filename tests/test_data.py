@@ -306,6 +306,9 @@ class Words:
     def measure(self, row, captions):
         return len(row.problem.split()) + len(row.caption.split()) * captions, 8
 
+    def at_least(self, row, captions):
+        return 1
+
 
 class Numbers:
     """A judge for whom only a number equals itself."""

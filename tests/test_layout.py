@@ -90,7 +90,8 @@ def test_imports_run_one_way():
         ("nanolmmr1.account", {"nanolmmr1.metrics", "nanolmmr1.objective"}),
         ("nanolmmr1.weights", {"nanolmmr1.config", "nanolmmr1.model"}),
         ("nanolmmr1.prompt", {"nanolmmr1.config", "nanolmmr1.data"}),
-        ("nanolmmr1.reward", {"nanolmmr1.config", "nanolmmr1.judge"}),
+        ("nanolmmr1.answer_size", set()),
+        ("nanolmmr1.reward", {"nanolmmr1.answer_size", "nanolmmr1.config", "nanolmmr1.judge"}),
     ],
 )
 def test_a_room_imports_no_more_of_the_house_than_it_needs(name, allowed):

@@ -353,7 +353,8 @@ def test_a_run_takes_what_was_planned(size, ranks, folder_3b, tmp_path):
     said = python(
         *torchrun, ROOT / "train.py", "single", f"model={folder}", f"output={run}", f"phases.train.data={data}",
         "phases.train.steps=2", "phases.train.prompts_per_step=3", "phases.train.group_size=2",
-        "phases.train.max_response_tokens=8", "device=cpu", "reward.workers=1", "checkpoint.background=false", "checkpoint.every_minutes=0",
+        "phases.train.max_response_tokens=8", "device=cpu", "reward.workers=1", "checkpoint.background=false",
+        "checkpoint.every_minutes=0",
     )  # fmt: skip
     told = next(line for line in said if line.startswith("peak of resident memory:"))
     found, planned = (float(gb) for gb in re.findall(r"\d+\.\d\d(?= GB| at most)", told))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nanolmmr1 import prompt
 from nanolmmr1.config import UserError
 from nanolmmr1.data import Row, load_rows, open_image
 from nanolmmr1.prompt import Processor
@@ -242,6 +243,90 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(tmp_path, process
     (folder / "generation_config.json").write_text("[1]")
     with pytest.raises(UserError, match="generation_config.json is not a JSON object"):
         Processor(folder, PromptConfig())
+
+
+TEMPLATES = {  # and words of the cause
+    "{% bad %}": "unknown tag", "{{ nope.x }}": "undefined", "{{ messages.__class__.__mro__ }}": "SecurityError",
+    "{{ 1 + 'x' }}": "TypeError", "{{ 1 / 0 }}": "ZeroDivision", "{% include 'x' %}": "no loader",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "Recursion",
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big", "{{ messages.append(1) }}": "SecurityError",
+    "{{ raise_exception('no\n\x1b[2Jway') }}": r"no \\x1b\[2Jway", "{{ messages[9].role }}": "no element",
+    "{{ messages | nofilter }}": "nofilter", "{{ 'x' * 10**15 }}": "MemoryError",
+    "{% if messages[-1].content[0].type == 'image' %}{{ raise_exception('text alone') }}{% endif %}": "text alone",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_fails_is_refused_with_folder_and_cause(processor, monkeypatch, template):
+    monkeypatch.setattr(processor.tokenizer, "chat_template", template)
+    words = f"row d: the chat template in .*tokenizer fails.*{TEMPLATES[template]}"
+    with pytest.raises(UserError, match=words) as caught:
+        processor.measure(ROWS["only images"], False)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", list(TEMPLATES)[-1]])
+def test_a_template_that_fails_is_found_before_any_work(tmp_path, template):
+    folder = folder_without(tmp_path, "chat_template.json", chat_template=template)
+    with pytest.raises(UserError, match="row made up, .*: the chat template in .*model fails"):
+        Processor(folder, PromptConfig())
+
+
+def damaged(name, **changes):
+    """The bytes of a JSON file of the tokenizer's folder with other values."""
+    return json.dumps(json.loads((TOKENIZER / name).read_text()) | changes).encode() if TOKENIZER.is_dir() else b""
+
+
+TOKENS, IMAGES = "tokenizer_config.json", "preprocessor_config.json"
+HARMED = [  # file, what stands in it, words of the refusal
+    *[("tokenizer.json", raw, "tokenizer.json") for raw in (
+        b"{}", b"[]", b"text", b"", b"null", b"[" * 100_000, b'{"model": {"vo', "{}".encode("utf-16"),
+        damaged("tokenizer.json", model={}), damaged("tokenizer.json", normalizer=dict(type="Evil")))],
+    *[(TOKENS, raw, "tokenizer_config.json is not a JSON object") for raw in (
+        b"[]", b"text", b"1", b"null", b"", b"[" * 100_000)],
+    (TOKENS, damaged(TOKENS, auto_map=dict(AutoTokenizer=["evil.T", "evil.T"])),
+     "tokenizer_config.json: auto_map={.*never done"),
+    (TOKENS, damaged(TOKENS, tokenizer_class="NoSuch"), "config.json: tokenizer_class='NoSuch'"),
+    (TOKENS, damaged(TOKENS, tokenizer_class=[5]), r"config.json: tokenizer_class=\[5"),
+    (TOKENS, damaged(TOKENS, added_tokens_decoder={"x": {}}), "invalid literal"),
+    (TOKENS, damaged(TOKENS, eos_token=5), "eos_token"),
+    (TOKENS, damaged(TOKENS, chat_template=5), "chat template"),
+    ("config.json", b"[]", "config.json"), ("config.json", b"text", "config.json"),
+    *[(IMAGES, raw, IMAGES) for raw in (b"[]", b"text", b"1", b"null", b"{")],
+    *[(IMAGES, damaged(IMAGES, **{key: value}), f"{IMAGES}.*{key}=")
+      for key, value in (("patch_size", -1), ("patch_size", 10**12), ("patch_size", True), ("merge_size", 0),
+                         ("temporal_patch_size", 1.5), ("image_std", [0, 0, 0]), ("image_mean", [0.5]),
+                         ("rescale_factor", 0), ("auto_map", {}))],
+    *[(IMAGES, damaged(IMAGES, **{key: value}), IMAGES)
+      for key, value in (("patch_size", "x"), ("image_std", ["x", 1, 1]), ("resample", "\x1b[2J"), ("image_mean", {}))],
+    *[("generation_config.json", raw, "generation_config.json is not a JSON object") for raw in (
+        b"[]", b"text", b"null", b"1", b"[" * 100_000)],
+    *[("generation_config.json", json.dumps(dict(eos_token_id=value)).encode(), "generation_config.json: eos_token_id=")
+      for value in ("\x1b[2J", ["x"], -1, 1.5, True, 10**30, {}, [[1]], [None])],
+]
+
+
+@pytest.mark.parametrize("number", range(len(HARMED)))
+def test_a_damaged_file_of_the_folder_is_named(processor, tmp_path, monkeypatch, number):
+    name, raw, words = HARMED[number]
+    folder = folder_without(tmp_path)
+    (folder / name).write_bytes(raw)
+    if not name.startswith("tokenizer") and name != "config.json":  # it takes half a second, and is not asked about
+        monkeypatch.setattr(prompt, "_load_tokenizer", lambda folder: processor.tokenizer)
+    with pytest.raises(UserError, match=words) as caught:
+        Processor(folder, PromptConfig())
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 900
+
+
+def test_the_tokenizer_is_the_one_that_transformers_chooses(tmp_path, shared):
+    from transformers import AutoTokenizer
+
+    folder = folder_without(tmp_path)
+    shutil.copyfile(shared / "data" / "configs" / "qwen2.5-vl-3b.json", folder / "config.json")
+    for name in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"):
+        (folder / "tokenizer_config.json").write_bytes(damaged("tokenizer_config.json", tokenizer_class=name))
+        ours, theirs = Processor(folder, PromptConfig()).tokenizer, AutoTokenizer.from_pretrained(folder)
+        assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
 
 
 def test_vision_tokens_are_banned_and_special_tokens_not_decoded(processor):

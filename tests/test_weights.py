@@ -163,6 +163,15 @@ def lose_tensor(folder):
     save_file(state, folder / "model.safetensors")
 
 
+def edit_vision(folder, **changes):
+    edit_config(folder, vision_config=json.loads((folder / "config.json").read_text())["vision_config"] | changes)
+
+
+def rename_tensor(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"\x1b[2J\n" + "x" * 9999: state["model.norm.weight"].clone()}, folder / "model.safetensors")
+
+
 def truncate(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -191,6 +200,13 @@ DAMAGE = {  # how a folder is damaged, and words of the complaint
     "another rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "config.json: rope type 'yarn'"),
     "sections": (lambda f: edit_config(f, rope_scaling={"mrope_section": [4, 4, 4]}), r"config.json: .*\(4, 4, 4\)"),
     "lacking key": (lambda f: edit_config(f, vision_config={}), "config.json lacks 'depth'"),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
+    "deep index": (lambda f: (f / INDEX).write_text('{"weight_map": ' * 100_000), "index.json is not a weight index"),
+    "half a character": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json is not JSON"),
+    "four sections": (lambda f: edit_config(f, rope_scaling={"mrope_section": [4, 4, 4, 4]}), "must be three numbers"),
+    "a small window": (lambda f: edit_vision(f, window_size=27), "window_size=27 is less than patch_size=14"),
+    "heads that do not divide": (lambda f: edit_config(f, num_attention_heads=3), "hidden_size=.* a multiple of .* 3"),
+    "a tensor's name": (rename_tensor, r"unexpected tensor '\\x1b\[2J"),
 }
 
 
@@ -199,8 +215,54 @@ def test_damage_is_named_with_its_file(tied, name):
     folder, _ = tied
     damage, words = DAMAGE[name]
     damage(folder)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         weights.load(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+WRONG = ["x", -1, 0, True, None, 1.5, 1e400, float("nan"), 10**9, 10**12, 10**30, [], {}, [1], ["x"], "\x1b[2J" * 99]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: f"{value!r:.20}")
+def test_a_number_of_the_config_that_is_none_is_named_before_anything_is_made(shared, tmp_path, value):
+    tree = json.loads((shared / "data" / "configs" / "qwen2.5-vl-3b.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    plain = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "vocab_size")  # fmt: skip
+    vision = ("depth", "hidden_size", "num_heads", "out_hidden_size", "patch_size", "spatial_merge_size", "window_size",
+              "temporal_patch_size", "fullatt_block_indexes")  # fmt: skip
+    absent = ([], {}, None, 0)
+    right = {"vision_config": absent, "rope_scaling": absent, "rope_parameters": absent, "tie_word_embeddings": (True,),
+             "fullatt_block_indexes": ([], [1]), "rope_theta": (1.5, 10**9, 10**12)}  # fmt: skip
+    cases = [(key, tree | {key: value}) for key in (*plain, "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+             "vision_config", "rope_scaling", "rope_parameters")]  # fmt: skip
+    cases += [(key, tree | {"vision_config": tree["vision_config"] | {key: value}}) for key in (*vision, "in_chans")]
+    cases += [("mrope_section", tree | {"rope_scaling": {"mrope_section": value}})]
+    for key, config in cases:
+        if not any(value == each and type(value) is type(each) for each in right.get(key, ())):
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            with pytest.raises(UserError, match=f"config.json: .*{key}[= ]") as caught:
+                weights.load(tmp_path)
+            assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+def test_a_config_larger_than_its_weights_is_refused_before_it_has_memory(tied, monkeypatch):
+    folder, _ = tied
+    monkeypatch.setattr(Qwen25VL, "to_empty", lambda *args, **more: pytest.fail("it was given memory"))
+    for changes in (dict(vocab_size=1 << 24), dict(intermediate_size=1 << 20, num_hidden_layers=1000)):
+        edit_config(folder, **changes)
+        for empty in (False, True):
+            with pytest.raises(UserError, match="config.json describes .* parameters, but"):
+                weights.load(folder, empty=empty)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_config_in_another_encoding_is_read_and_written_plainly(tied, tmp_path, encoding):
+    folder, model = tied
+    (folder / "config.json").write_bytes((folder / "config.json").read_text().encode(encoding))
+    assert same(weights.load(folder), model)
+    weights.save(model, tmp_path / "again", folder)
+    assert json.loads((tmp_path / "again" / "config.json").read_text(encoding="ascii"))["vocab_size"] == 64
 
 
 def test_the_published_3b_config_is_read(shared, tmp_path):
