@@ -8,7 +8,8 @@ time, so that a busy machine changes no verdict, and may take 2 GiB; a user func
 trainer is gone.
 
 The two ends speak JSON, one line a message, over the process's stdin and stdout. Each child begins by saying who it is:
-{"child": process id, "signal" or "status": how the one before it ended, "error": why it cannot start}.
+{"child": process id, "signal": what killed the one before it, "error": why it cannot start}. Where a child ends of
+itself, so does the whole process, with its status.
 """
 
 import contextlib
@@ -174,7 +175,7 @@ class Worker:
         self.child[0] = reply["child"]
         if late or reply.get("signal") == signal.SIGPROF:
             return {}
-        self.status = -reply["signal"] if "signal" in reply else reply["status"]
+        self.status = -reply["signal"]
         return None
 
     def _read(self, limit):
@@ -229,12 +230,13 @@ def main(timeout_s, verify_s, *specs):
         child = os.fork()
         if not child:
             os.setpgid(0, 0)  # a group of its own, with all that it will start
-            serve(os.fdopen(requests, "rb"), replies, rules, float(timeout_s), float(verify_s), specs, before)
+            with contextlib.suppress(BrokenPipeError):  # the trainer is gone
+                serve(os.fdopen(requests, "rb"), replies, rules, float(timeout_s), float(verify_s), specs, before)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if not status:
-            return
-        before = {"signal": -status} if status < 0 else {"status": status}
+        if status >= 0:
+            os._exit(status)
+        before = {"signal": -status}
 
 
 def serve(requests, replies, rules, timeout_s, verify_s, specs, before):

@@ -89,7 +89,9 @@ class Processor:
             if MARKER in text:
                 raise UserError(f"prompt.{key}={text!r}: {MARKER} belongs in the rows' problems")
         # The template is a program: what is wrong with it should show now, and not at the first prompt.
-        self._render(Row("1 + 1 = ?", "2", id="made up, of text"), False)
+        if "1 + 1 = ?" not in self._render(Row("1 + 1 = ?", "2", id="made up, of text"), False):
+            raise UserError(f"the chat template in {self.folder} does not show a problem's text, as of a text model; "
+                            "use the one published with Qwen2.5-VL")
         self._render(Row(f"{MARKER}How many?", "2", [b""], id="made up, with an image"), False)
 
     def messages(self, row, captions):

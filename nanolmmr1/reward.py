@@ -10,10 +10,10 @@ Next: judge.py, the worker.
 """
 
 import math
+import os
 import re
 from collections import OrderedDict
 from fractions import Fraction
-from pathlib import Path
 
 from nanolmmr1.answer_size import too_large
 from nanolmmr1.config import UserError
@@ -242,7 +242,7 @@ class Judge:
                 raise UserError(f"reward.functions: {spec} has weight {weight!r}; a number is needed")
             if name in self.functions or name in ("overall", "format", "accuracy", "timeout"):
                 raise UserError(f"reward.functions: the name {name!r} of {spec} is taken; rename the function")
-            self.functions[name] = (f"{Path(path).expanduser().resolve()}:{name}", float(weight))
+            self.functions[name] = (f"{os.path.realpath(os.path.expanduser(path))}:{name}", float(weight))
         self.workers = Workers(cfg, [spec for spec, _ in self.functions.values()])
         self._known = OrderedDict()  # question -> (score, killed), least recently used first
 

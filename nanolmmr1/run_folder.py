@@ -73,7 +73,7 @@ def claim(run):
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"output={run} cannot be written, as it is a file: give a folder, or the name of a new one")
-    here = run.resolve()
+    here = Path(os.path.realpath(run))
     for parent in here.parents:
         if (parent / MARK).is_file() and here.relative_to(parent).parts[0] in (*REPLACED, "world"):
             raise UserError(f"output={run} lies in what the run in {parent} replaces: choose another output")
@@ -96,10 +96,10 @@ def check_sources(cfg):
     Raises:
         UserError: naming key and path.
     """
-    run = Path(cfg.output).resolve()
+    run = Path(os.path.realpath(cfg.output))  # Path.resolve raises at a loop of links
     for key, source in _sources(cfg):
-        path = Path(source).expanduser()
-        path = (path if path.exists() else Path(source.rpartition("@")[0] or source)).resolve()
+        path = os.path.expanduser(source)
+        path = Path(os.path.realpath(path if os.path.exists(path) else path.rpartition("@")[0] or path))
         inside = path.relative_to(run).parts[:1] if path.is_relative_to(run) else None
         if inside == () or (inside and inside[0] in REPLACED):
             raise UserError(f"{key}={source} lies in output={cfg.output}, where this run replaces files: "

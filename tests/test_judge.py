@@ -183,6 +183,22 @@ def test_closing_ends_both_processes_and_a_killed_trainer_leaves_none(tmp_path):
         signal_gone(handle)
 
 
+def test_a_child_that_is_killed_when_the_trainer_is_gone_is_not_replaced_for_ever():
+    code = ("import sys\nfrom nanolmmr1.reward import Judge\nfrom nanolmmr1.schema import Reward\n"
+            "judge = Judge(Reward(workers=1))\njudge.score([('<answer>x+1</answer>', {'answer': '1+y'})])\n"
+            "worker = judge.workers.idle[0]\n"
+            "print(worker.process.pid, worker.child[0], flush=True)\nsys.stdin.read()\n")
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    with trainer:
+        process, child = map(int, trainer.stdout.readline().split())
+        handles = [os.pidfd_open(process), os.pidfd_open(child)]
+        os.kill(child, signal.SIGSTOP)  # so that it does not see its input end
+        trainer.kill()
+    os.kill(child, signal.SIGKILL)  # as the limit of CPU time does
+    for handle in handles:
+        signal_gone(handle)
+
+
 def signal_gone(handle):
     """Wait until the process has ended."""
     import select

@@ -252,7 +252,8 @@ TEMPLATES = {  # and words of the cause
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big", "{{ messages.append(1) }}": "SecurityError",
     "{{ raise_exception('no\n\x1b[2Jway') }}": r"no \\x1b\[2Jway", "{{ messages[9].role }}": "no element",
     "{{ messages | nofilter }}": "nofilter", "{{ 'x' * 10**15 }}": "MemoryError",
-    "{% if messages[-1].content[0].type == 'image' %}{{ raise_exception('text alone') }}{% endif %}": "text alone",
+    "{% if messages[-1].content[0].type == 'image' %}{{ raise_exception('text alone') }}{% endif %}"
+    "{{ messages[-1].content[0].text }}": "text alone",
 }  # fmt: skip
 
 
