@@ -141,7 +141,8 @@ class Worker:
 
     def __init__(self, cfg, functions):
         self.cfg, self.status = cfg, None
-        command = [sys.executable, "-P", "-s", "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s),
+        # -B: no __pycache__ beside the user's files.
+        command = [sys.executable, "-P", "-s", "-B", "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s),
                    str(cfg.verify_s), *functions]  # fmt: skip
         self.process = subprocess.Popen(command, env=environment(cfg.env), stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip

@@ -9,6 +9,7 @@ from mishaps import ALL, QUICK
 
 def test_a_third_of_the_mishaps_end_as_they_should(shared):
     assert len(ALL) > 300 and len(QUICK) > 100 and len({(m.kind, m.name) for m in ALL}) == len(ALL)
-    done = subprocess.run([sys.executable, Path(__file__).with_name("mishaps.py"), "--quick"], capture_output=True, text=True)
+    command = [sys.executable, Path(__file__).with_name("mishaps.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     assert done.returncode == 0
