@@ -141,9 +141,9 @@ class Worker:
 
     def __init__(self, cfg, functions):
         self.cfg, self.status = cfg, None
-        # -B: no __pycache__ beside the user's files.
-        command = [sys.executable, "-P", "-s", "-B", "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s),
-                   str(cfg.verify_s), *functions]  # fmt: skip
+        python = [sys.executable, "-P", "-s", "-B"]  # -B: no __pycache__ beside the user's files
+        command = [*python, "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s), str(cfg.verify_s),
+                   *functions]  # fmt: skip
         self.process = subprocess.Popen(command, env=environment(cfg.env), stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
         self.child = [None]
