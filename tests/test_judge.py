@@ -163,6 +163,14 @@ def test_signals_of_a_terminal_do_not_reach_judges(tmp_path, number):
         assert os.getpgid(0) not in groups and len(groups) == 2
 
 
+TRAINER = (  # says who its judging process and the child of that are, then waits
+    "import sys\nfrom nanolmmr1.reward import Judge\nfrom nanolmmr1.schema import Reward\n"
+    "judge = Judge(Reward(workers=1))\njudge.score([('<answer>x+1</answer>', {'answer': '1+y'})])\n"
+    "worker = judge.workers.idle[0]\n"
+    "print(worker.process.pid, worker.child[0], flush=True)\nsys.stdin.read()\n"
+)
+
+
 def test_closing_ends_both_processes_and_a_killed_trainer_leaves_none(tmp_path):
     judge = Judge(Reward(workers=2))
     judge.score([(f"<answer>x+{n}</answer>", {"answer": "1+y"}) for n in range(4)])
@@ -171,11 +179,7 @@ def test_closing_ends_both_processes_and_a_killed_trainer_leaves_none(tmp_path):
     judge.close()
     for handle in handles:
         signal_gone(handle)
-    code = ("import sys\nfrom nanolmmr1.reward import Judge\nfrom nanolmmr1.schema import Reward\n"
-            "judge = Judge(Reward(workers=1))\njudge.score([('<answer>x+1</answer>', {'answer': '1+y'})])\n"
-            "worker = judge.workers.idle[0]\n"
-            "print(worker.process.pid, worker.child[0], flush=True)\nsys.stdin.read()\n")
-    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER], cwd=ROOT, stdin=-1, stdout=-1, text=True)
     with trainer:
         handles = [os.pidfd_open(int(pid)) for pid in trainer.stdout.readline().split()]
         trainer.kill()
@@ -184,11 +188,7 @@ def test_closing_ends_both_processes_and_a_killed_trainer_leaves_none(tmp_path):
 
 
 def test_a_child_that_is_killed_when_the_trainer_is_gone_is_not_replaced_for_ever():
-    code = ("import sys\nfrom nanolmmr1.reward import Judge\nfrom nanolmmr1.schema import Reward\n"
-            "judge = Judge(Reward(workers=1))\njudge.score([('<answer>x+1</answer>', {'answer': '1+y'})])\n"
-            "worker = judge.workers.idle[0]\n"
-            "print(worker.process.pid, worker.child[0], flush=True)\nsys.stdin.read()\n")
-    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER], cwd=ROOT, stdin=-1, stdout=-1, text=True)
     with trainer:
         process, child = map(int, trainer.stdout.readline().split())
         handles = [os.pidfd_open(process), os.pidfd_open(child)]
