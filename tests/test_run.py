@@ -323,7 +323,7 @@ def test_bad_rows_are_refused_before_work_starts(run_here, tiny, tmp_path, name)
 
 
 BAD_MODELS = {
-    "missing shards": (shardless_model, "lacks 1 of 2 shards: model-00002"),
+    "missing shards": (shardless_model, "lacks 1 of 2 shards: 'model-00002"),
     "another architecture": (lambda tiny, at: changed_model(tiny, at, model_type="llama"), "'llama'"),
     "no folder": (lambda tiny, at: at, "neither a folder here nor a hub id"),
 }
