@@ -1,6 +1,7 @@
 """What several test files share: small checkpoints at the real vocabulary, and memory that is never clean by luck."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels run as Python on CPU tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# A shell's background job ignores SIGINT, and all that it starts do too: no test could send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network

@@ -9,8 +9,10 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_server import RUN, connect, folder, free_address, policy, processor, recipe  # noqa: F401, fixtures
 
 from nanolmmr1 import metrics
@@ -130,6 +132,7 @@ BAD_HTTP = {  # what a server answers -> words of the error
     "fails": (body(b'{"error": {"message": "no\\nroom"}}', b"HTTP/1.1 503 No\r\n"), "status 503: no room"),
     "wants another key": (body(b"{}", b"HTTP/1.1 401 No\r\n"), "does not take the run's key, server.key"),
     "another version": (body(b'{"version": [1, {"a": 2}]}'), "version .* of vLLM, and only"),
+    "a version of control codes": (body(b'{"version": "\\u001b[2J"}'), r"version \\x1b\[2J of vLLM, and only"),
 }
 
 
@@ -183,6 +186,7 @@ BAD_ANSWERS = {
     "a token with a point": (change((*C, "token_ids"), [5.0]), "cannot be read"),
     "a token past the vocabulary": (change((*C, "token_ids"), [10**9]), "none of the model's"),
     "a token past every integer": (change((*C, "token_ids"), [10**30]), "none of the model's"),
+    "a token past every float": (change((*C, "token_ids"), [10**400]), "gave token 10{19}, which"),
     "a token below 0": (change((*C, "token_ids"), [-1]), "none of the model's"),
     "more tokens than asked for": (change((*C, "token_ids"), [5] * 9), "9 tokens with 1 log-probs"),
     "no token at all": (change((*C, "token_ids"), []), "0 tokens with 1 log-probs"),
@@ -224,13 +228,18 @@ def test_a_wrong_answer_is_a_named_error(connect, policy, processor, quick, name
 @pytest.mark.parametrize(("path", "told"), [
     ("/v1/models", {}), ("/v1/models", {"data": []}), ("/v1/models", {"data": [{"max_model_len": "many"}]}),
     ("/v1/models", {"data": 5}), ("/v1/models", {"data": [{"max_model_len": None}]}),
+    ("/get_world_size", {}), ("/get_world_size", {"world_size": "two"}), ("/get_world_size", {"world_size": -1}),
+    ("/get_world_size", {"world_size": [1]}), ("/get_world_size", {"world_size": 10**9}),
 ])  # fmt: skip
-def test_settings_that_cannot_be_read_are_named(connect, path, told):  # noqa: F811
+def test_settings_that_cannot_be_read_are_named(policy, processor, path, told):  # noqa: F811
     def answer(line, asked):
-        line.sendall(OK + b"\r\n" + json.dumps(told if asked == path else {"version": "0.32.0"}).encode())
+        line.sendall(OK + b"\r\n" + json.dumps(told if asked == path else right(asked, [], 0)).encode())
 
-    with Hostile(answer) as server, pytest.raises(UserError, match=f"{re.escape(server.url + path)} gave an answer"):
-        connect(server.url)
+    # Weights are handed over from a GPU alone, and servers are asked for theirs before anything is computed.
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=policy.dtype, model=policy.model, banned_ids=())
+    with Hostile(answer) as server, \
+            pytest.raises(UserError, match=f"{re.escape(server.url + path)} (gave an answer|tells of)"):
+        ServerSampler(on_gpu, recipe([server.url], server_weights="nccl"), processor, "folder")
 
 
 def refuse(line, path):
@@ -248,6 +257,26 @@ def test_a_key_is_sent_and_never_told(credentials, sent):
     assert f"Authorization: {sent}" in web.heads[0].splitlines()
     said = str(error.value)
     assert server.url == web.url and web.url in said and not re.search("K3Y|p%3Aw|us%40er", said)
+
+
+@pytest.mark.parametrize("mark", "?#")
+def test_a_key_never_becomes_the_name_of_a_host(mark):
+    with pytest.raises(UserError, match="rollout.servers has 'http://host:1': http://HOST:PORT") as error:
+        Server(f"http://s3cret{mark}more@host:1", "run-key")
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(("url", "flags"), [
+    ("http://0.0.0.0:1", "--host 127.0.0.1 --port 1 "), ("http://0:1", "--host 127.0.0.1 --port 1 "),
+    ("http://[::]:1", "--host 127.0.0.1 --port 1 "), ("http://[::1]:1", "--host ::1 --port 1 "),
+    ("http://gpu10.local", "--host gpu10.local --port 80 "), ("https://10.0.0.1", "--host 10.0.0.1 --port 443 "),
+])  # fmt: skip
+def test_the_command_never_listens_on_every_interface(policy, url, flags):  # noqa: F811
+    sampler = object.__new__(ServerSampler)  # connected to nothing
+    sampler.policy, sampler.cfg, sampler.folder, sampler.fixed, sampler.longest = policy, recipe([]), "model", True, 9
+    command = sampler.command(Server(url, "run-key"))
+    assert flags in command and "run-key" not in command
+    assert ("--ssl-certfile" in command) == url.startswith("https")
 
 
 def test_credentials_are_not_in_any_message(connect):  # noqa: F811

@@ -17,6 +17,7 @@ import torch.distributed as td
 from nanolmmr1 import dist, watch
 from nanolmmr1.config import UserError
 from nanolmmr1.judge import Worker
+from nanolmmr1.schema import Reward
 from nanolmmr1.watch import Preempted, Sign, Watch, blame
 
 HANG_S = 2.0
@@ -175,10 +176,10 @@ def walk(kind, run):
 def main(kind, folder):
     if kind == "is judging":
         with Watch(folder, 300, 1800) as run:
-            worker = Worker(60.0, [])
+            worker = Worker(Reward(timeout_s=60.0), [])
             os.killpg(os.getpgid(0), signal.SIGTERM)  # as torchrun does it: to the rank's process group
             assert run.stopping
-            assert worker.ask(["accuracy", "7", "7"], 60.0) == ({"value": 1.0}, False)
+            assert worker.ask(["accuracy", "7", "7"]) == {"value": 1.0}
         return
     dist.start("cpu", 60)
     before = signal.getsignal(signal.SIGTERM)
