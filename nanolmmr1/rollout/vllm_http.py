@@ -61,7 +61,8 @@ class Server:
             self.host, self.port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
             parts, self.host = None, None
-        if not self.host or parts.scheme not in ("http", "https") or parts.path.strip("/"):
+        # A ? or # inside of credentials would make their first half the host.
+        if not self.host or parts.scheme not in ("http", "https") or any((*parts[3:], parts.path.strip("/"))):
             raise UserError(f"rollout.servers has {self.url!r}: http://HOST:PORT or https://HOST:PORT is needed")
         self.is_secure, self.version, self.gpus, self.sockets = parts.scheme == "https", "", 0, set()
         user, password = (unquote(part or "") for part in (parts.username, parts.password))
@@ -296,7 +297,7 @@ def responses(answer, prompt, params, server, vocabulary=1 << 31):
         if not 0 < len(ids) == len(logps) <= params.max_tokens:
             raise UserError(f"{row} gave {len(ids)} tokens with {len(logps)} log-probs, of at most {params.max_tokens}")
         if wrong := next((i for i in ids if not 0 <= i < vocabulary or i in params.banned_ids), None):
-            raise UserError(f"{row} gave token {wrong:.9g}, which is banned or none of the model's")
+            raise UserError(f"{row} gave token {str(wrong)[:20]}, which is banned or none of the model's")
         if wrong := next((x for x in logps if not NOT_A_NUMBER < x <= 1e-3), None):
             raise UserError(f"{row} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
         made.append(Response(torch.tensor(ids, dtype=torch.int64), torch.tensor(logps), finish))
