@@ -51,7 +51,7 @@ def main(args):
     device = setup.choose_device(cfg)
     setup.check_machine(cfg, device)
     run_folder.check_sources(cfg)
-    dist.start(device, cfg.dist.timeout_s)
+    dist.start(device, cfg.dist.timeout_s, cfg.dist.offload or cfg.dist.offload_reference)
     with run_folder.locked(Path(cfg.output)):
         train(cfg, device)
 

@@ -6,6 +6,7 @@ logits to bf16 first would cost up to 0.1 nat.
 Next: linear_logprob.py, linear_loss.py.
 """
 
+import functools
 import math
 
 import torch
@@ -14,7 +15,9 @@ from torch.distributed.tensor import DTensor
 from . import _triton
 
 IMPLS = "auto", "triton", "chunked", "reference"
-CHUNK_BYTES = {"cpu": 128_000_000, "cuda": 640_000_000}  # of the (C, V) buffer; thinner matmuls waste a GPU
+# Of the (C, V) buffer. On a GPU each chunk reads and writes an fp32 dW, so they are few: at V = 151,936 of 2,048 tokens
+# with fp32 logits, of 4,096 with bf16. Not by free memory: sums would then depend on what else is on the GPU.
+CHUNK_BYTES = {"cpu": 128_000_000, "cuda": 1_245_000_000}
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the rows whose exp is held at a time
 
 
@@ -38,6 +41,10 @@ def choose_impl(impl, hidden, weight, target):
 def check_head(hidden, weight, target, temperature, banned):
     """Refuse what would compute garbage. The weight has hidden's dtype, or is the fp32 master of a 16-bit one.
 
+    Values of targets are read where that costs nothing, on a CPU. Elsewhere the device checks them when it comes to
+    them, and ends the process as torch's cross_entropy would: to read them here, the host had to wait for all that is
+    in flight.
+
     Raises:
         ValueError: wrong shapes or dtypes, a sharded weight, a target or banned id out of range, a banned target,
             temperature <= 0.
@@ -58,11 +65,15 @@ def check_head(hidden, weight, target, temperature, banned):
         raise ValueError(f"banned={tuple(banned)}: ids in [0, {len(weight)}) are wanted")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
+    outside = (target < 0) | (target >= len(weight))  # (N,)
+    forbidden = torch.isin(target, banned_ids(tuple(banned), target.device)) if banned else torch.zeros_like(outside)
+    if target.device.type != "cpu":
+        torch._assert_async(~(outside | forbidden).any(), f"a target is banned, or not in [0, {len(weight)})")
+    elif outside.any():
         raise ValueError(
             f"targets run from {int(target.min())} to {int(target.max())}, the vocabulary has {len(weight)} rows"
         )
-    if banned and torch.isin(target, banned_ids(banned, target.device)).any():
+    elif forbidden.any():
         raise ValueError(f"a target is one of the banned tokens {tuple(banned)}: it has no log-probability")
 
 
@@ -95,18 +106,20 @@ def _cut(count, size):
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+@functools.lru_cache
 def banned_ids(banned, device):
-    """The ids as a tensor for index_fill_, or None: made once a call, since each costs a copy to the device."""
-    return torch.tensor(tuple(banned), device=device) if banned else None
+    """The ids, a tuple, as a tensor for index_fill_, or None. Made once: the host waits for each copy to the device."""
+    with torch.inference_mode(False):  # it may serve training next
+        return torch.tensor(banned, device=device) if banned else None
 
 
-def scores(hidden, weight, dtype):
-    """Logits (C, V) before temperature, in `dtype`."""
-    if hidden.dtype == dtype:
-        return hidden @ weight.T
-    if hidden.is_cuda:  # keep the matmul's fp32 accumulator
-        return torch.mm(hidden, weight.T, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.to(dtype).T
+def product(a, b, dtype):
+    """a @ b in `dtype`, which is theirs or wider; logits before temperature, for one."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:  # keep the matmul's fp32 accumulator
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def softmax_stats(z, target, temperature, banned):

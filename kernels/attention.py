@@ -69,7 +69,7 @@ CONFIGS = {  # chip -> kernel -> tiles for: D = 2^n; D padded to that; spans of 
     ),
     90: dict(
         forward=(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        dq=(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        dq=(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
         dkv=(Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     ),
     100: dict(

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _triton
-from ._head import banned_ids, check_head, choose_impl, chunks, scores, softmax_stats, stats_dtype
+from ._head import banned_ids, check_head, choose_impl, chunks, product, softmax_stats, stats_dtype
 from ._rows import LOG2E, LOWEST, depth, lift, with_target
 
 CONFIGS = {
@@ -63,12 +63,12 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
 
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     inside = tl.minimum(rows, N - 1)  # rows past the end repeat the last one, and are not stored
-    y = tl.load(target_ptr + inside)  # (BLOCK_N,)
+    y = tl.load(target_ptr + inside).to(tl.int32)  # (BLOCK_N,)
     hs = tl.arange(0, BLOCK_H)
     top = tl.full((BLOCK_N,), LOWEST, tl.float32)
     rest, moment, z_y = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     tiles = tl.cdiv(V, BLOCK_V)
-    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits, flatten=True):
         cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         w_rows = tl.minimum(cols, V - 1).to(tl.int64)
         z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -81,9 +81,10 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             z = tl.dot(a, b.T, z, input_precision=PRECISION)
-        hit = cols[None, :] == y[:, None]
-        z_y += tl.sum(tl.where(hit, z, 0.0), 1)
-        z = tl.where(hit, float("-inf"), z)
+        if tl.max((y // BLOCK_V == tile).to(tl.int32), 0):  # few tiles hold any row's target
+            hit = cols[None, :] == y[:, None]
+            z_y += tl.sum(tl.where(hit, z, 0.0), 1)
+            z = tl.where(hit, float("-inf"), z)
         if (tile + 1) * BLOCK_V > mask_from:  # all but the last tiles skip the table, and the registers it takes
             allowed = tl.load(allowed_ptr + cols, mask=cols < V, other=0)
             z = tl.where(allowed[None, :] != 0, z, float("-inf"))
@@ -147,7 +148,7 @@ def _logprob_triton(hidden, weight, target, temperature, banned):
         w = TensorDescriptor.from_tensor(weight, [config["BLOCK_V"], config["BLOCK_H"]])
     allowed = torch.ones(V, dtype=torch.int8, device=device)  # (V,)
     if banned:
-        allowed.index_fill_(0, banned_ids(banned, device), 0)
+        allowed.index_fill_(0, banned_ids(tuple(banned), device), 0)
     token_tiles = triton.cdiv(N, config["BLOCK_N"])
     splits = count_splits(token_tiles, triton.cdiv(V, config["BLOCK_V"]), _triton.num_sms(device))
     partials = torch.empty(splits, 4, N, dtype=torch.float32, device=device)  # (splits, 4, N)
@@ -189,11 +190,11 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
         weight = weight.to(hidden.dtype)
         if impl == "triton":
             return _logprob_triton(hidden, weight, target, temperature, banned)
-        dtype, ids = stats_dtype(hidden), banned_ids(banned, hidden.device)
+        dtype, ids = stats_dtype(hidden), banned_ids(tuple(banned), hidden.device)
         logp = torch.empty(len(hidden), dtype=dtype, device=hidden.device)  # (N,)
         entropy = torch.empty_like(logp)  # (N,)
         for rows in chunks(hidden, weight, chunk_tokens, dtype):
-            z = scores(hidden[rows], weight, dtype)  # (C, V)
+            z = product(hidden[rows], weight.T, dtype)  # (C, V)
             logp[rows], entropy[rows] = softmax_stats(z, target[rows], temperature, ids)[:2]
             del z  # before the next chunk's is made
     return logp, entropy

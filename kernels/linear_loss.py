@@ -19,7 +19,8 @@ An objective that couples tokens (GSPO's sequence ratio) needs every log-prob fi
 `two_pass=True` adds a forward-only pass, a fourth matmul.
 
 Saved for backward: dhidden and dweight, which backward scales by the upstream gradient. dweight is
-accumulated in fp32; a bf16 running sum would lose two digits over 64 chunks. The target column
+accumulated in fp32; a bf16 running sum would lose two digits over 64 chunks. Where one chunk is all, there is no sum:
+dz is kept and dweight is made in backward, in its own dtype, without a pass over an fp32 one. The target column
 takes 1 - p from -expm1(logp) or from sums without the target, since p - 1 cancels when p is near 1.
 
 An fp32 weight beside 16-bit hidden states is rounded here, once a call, and its dweight stays fp32;
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._head import banned_ids, blocks, check_head, choose_impl, chunks, scores, softmax_stats, stats_dtype
+from ._head import banned_ids, blocks, check_head, choose_impl, chunks, product, softmax_stats, stats_dtype
 from ._rows import row_dlogits, row_objective, row_stats
 from .linear_logprob import linear_logprob, linear_logprob_ref
 
@@ -189,16 +190,20 @@ class _LinearLoss(torch.autograd.Function):
         need_hidden, need_weight = (need and job.grad for need in ctx.needs_input_grad[:2])
         out = torch.empty(3, len(hidden), dtype=kind, device=device)
         losses, logp, entropy = out  # (N,) each
+        parts = chunks(hidden, weight, job.chunk_tokens, job.logits_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None  # (N, H)
-        grad_weight = torch.empty(weight.shape, dtype=kind, device=device) if need_weight else None  # (V, H)
+        summed = need_weight and len(parts) > 1
+        grad_weight = torch.empty(weight.shape, dtype=kind, device=device) if summed else None  # (V, H)
         make_stats, make_dlogits = (row_stats, row_dlogits) if job.impl == "triton" else (softmax_stats, _dlogits)
         banned = banned_ids(job.banned, device)
         if job.whole:
             losses[:], g_all, h_all = _objective_grads(job.objective, *job.whole, slice(0, len(hidden)))
             logp[:], entropy[:] = job.whole  # what the objective saw, even where this pass rounds its logits
-        for rows in chunks(hidden, weight, job.chunk_tokens, job.logits_dtype):
+        dz = hidden.new_empty(0, len(weight))
+        for rows in parts:
             x, y = hidden[rows], job.target[rows]
-            z = scores(x, weight, job.logits_dtype)  # (C, V)
+            dz = None  # before the next chunk's logits are made
+            z = product(x, weight.T, job.logits_dtype)  # (C, V)
             if job.fused:
                 dz = row_objective(z, y, job.fused, rows, job.temperature, banned, out, hidden.dtype)
             else:
@@ -212,12 +217,10 @@ class _LinearLoss(torch.autograd.Function):
                     dz = make_dlogits(z, stats, y, g, h, job.temperature, hidden.dtype)
             if need_hidden:
                 torch.mm(dz, weight, out=grad_hidden[rows])
-            if need_weight:
+            if summed:
                 _accumulate(grad_weight, dz, x, first=rows.start == 0)
-            z = dz = None  # before the next chunk's is made
-        if need_weight and not len(hidden):
-            grad_weight.zero_()
-        ctx.grads = (grad_hidden, grad_weight)
+            z = None
+        ctx.grads = (grad_hidden, grad_weight, (dz, hidden) if need_weight and not summed else None)
         ctx.mark_non_differentiable(logp, entropy)
         return losses.sum(), logp, entropy
 
@@ -225,12 +228,22 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _logp, _entropy):
         if ctx.grads is None:
             raise RuntimeError("linear_loss scales its gradients in place, so it has one backward: call it again")
-        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
+        (grad_hidden, grad_weight, only), ctx.grads = ctx.grads, None
+
+        def scaled(x, out):
+            # In the statistics' precision, as 1/3 itself is off by 0.2 % in bf16, and rounded as it is written.
+            return torch.mul(x.to(grad_loss.dtype), grad_loss, out=out)
+
         if grad_hidden is not None:
-            # In the statistics' precision: 1/3 itself is off by 0.2 % in bf16.
-            grad_hidden = (grad_hidden.to(grad_loss.dtype) * grad_loss).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+            grad_hidden = scaled(grad_hidden, grad_hidden)
+        if only:
+            dz, x = only
+            with torch.autocast(x.device.type, enabled=False):
+                grad_weight = product(dz.T, scaled(x, torch.empty_like(x)), ctx.weight_dtype)
+        elif grad_weight is not None:
+            same = grad_weight.dtype == ctx.weight_dtype
+            grad_weight = scaled(grad_weight, grad_weight if same else grad_weight.new_empty(
+                grad_weight.shape, dtype=ctx.weight_dtype))  # fmt: skip
         return grad_hidden, grad_weight, None
 
 

@@ -11,10 +11,11 @@ Saved: s, weight and r. A fixed number of programs walk over the rows in backwar
 dweight, and torch adds those up: no atomics, so two runs agree to the bit.
 
 Dtypes follow torch's promotion, as under autocast they differ: the language model's residual stream is fp32 and what
-its branches add to it is bf16; the vision tower's stream is bf16 and all weights are fp32. Liger's functions give
-all they return x's dtype, so a bf16 branch would round the fp32 residual stream to bf16 at every layer, without
-a word. Its fused add also launches on whichever device is current, and neither runs under Triton's interpreter. Hence
-"auto" takes ours, and `impl="liger"`, for comparison, wants one dtype.
+its branches add to it is bf16; the vision tower's stream is bf16 and all weights are fp32. y is rounded to `dtype`
+where it is written and dx to x's where it is made: a cast behind the kernel would read and write it once more.
+Liger's functions give all they return x's dtype, so a bf16 branch would round the fp32 residual stream to bf16 at
+every layer, without a word. Its fused add also launches on whichever device is current, and neither runs under
+Triton's interpreter. Hence "auto" takes ours, and `impl="liger"`, for comparison, wants one dtype.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
 Next: mrope.py.
@@ -28,16 +29,18 @@ from torch.autograd.function import once_differentiable
 from . import _triton
 
 MAX_SIZE = 16384  # of H: a row is held in registers
-# Columns of a warp: a thread's 8 are 16 bytes of bf16. Programs per SM that share the rows in backward.
-CONFIGS = {0: (256, 1), 80: (256, 4), 90: (256, 4), 100: (256, 4)}
+# Columns of a warp: a thread's 8 are 16 bytes of bf16. Programs per SM that share the rows in backward: at H = 2,048
+# these have 256 threads of up to 80 registers, and three of them load 60 KB at a time.
+CONFIGS = {0: (256, 1), 80: (256, 3), 90: (256, 3), 100: (256, 3)}
 
 
-def rmsnorm_ref(x, weight, eps, residual=None):
+def rmsnorm_ref(x, weight, eps, residual=None, dtype=None):
     """The definition, statistics in fp32 or better."""
     s = x if residual is None else x + residual
     n = s.float() if s.dtype.itemsize < 4 else s
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
     y = weight * n.to(s.dtype)
+    y = y if dtype is None else y.to(dtype)
     return y if residual is None else (y, s)
 
 
@@ -64,10 +67,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy, ds, s, weight, r, dx, dweight, T,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr,
+    dy, ds, s, weight, r, dx, dresidual, dweight, T,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th row, and their part of dweight."""
+    """Every num_programs-th row, and their part of dweight. BOTH: dx and dresidual differ in dtype."""
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_H)
     mask = cols < H
@@ -83,6 +86,8 @@ def _backward_kernel(
         if ADD:
             dv += tl.load(ds + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, dv.to(dx.dtype.element_ty), mask=mask)
+        if BOTH:
+            tl.store(dresidual + at, dv.to(dresidual.dtype.element_ty), mask=mask)
         if WEIGHT:
             dw += d * n.to(s.dtype.element_ty).to(tl.float32)
     if WEIGHT:
@@ -91,11 +96,12 @@ def _backward_kernel(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual):
+    def forward(ctx, x, weight, eps, residual, dtype):
         add = residual is not None
         T, H = x.shape
         s = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device) if add else x
-        y = torch.empty(x.shape, dtype=torch.promote_types(s.dtype, weight.dtype), device=x.device)  # (T, H)
+        dtype = dtype or torch.promote_types(s.dtype, weight.dtype)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)  # (T, H)
         r = torch.empty(T, dtype=torch.float32, device=x.device)
         with _triton.on(x.device):
             _forward_kernel[(T,)](x, residual, weight, y, s, r, EPS=eps, ADD=add, **_shape(x))
@@ -111,14 +117,17 @@ class _RMSNorm(torch.autograd.Function):
         # Upstream gradients come as autograd made them, a sum's with strides of 0.
         dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
         programs = min(T, CONFIGS[_triton.arch(s.device)][1] * _triton.num_sms(s.device))
-        dx = torch.empty_like(s)  # (T, H)
+        dx = torch.empty_like(s, dtype=x_dtype)  # (T, H)
+        both = residual_dtype not in (None, x_dtype)
+        dresidual = torch.empty_like(s, dtype=residual_dtype) if both else None  # (T, H)
         partial = torch.empty(programs, H, dtype=torch.float32, device=s.device) if ctx.needs_input_grad[1] else None
         with _triton.on(s.device):
             _backward_kernel[(programs,)](
-                dy, ds, s, weight, r, dx, partial, T, ADD=ds is not None, WEIGHT=partial is not None, **_shape(s)
-            )
+                dy, ds, s, weight, r, dx, dresidual, partial, T, ADD=ds is not None, WEIGHT=partial is not None,
+                BOTH=both, **_shape(s),
+            )  # fmt: skip
         dweight = None if partial is None else partial.sum(0).to(weight.dtype)
-        return dx.to(x_dtype), dweight, None, None if residual_dtype is None else dx.to(residual_dtype)
+        return dx, dweight, None, dresidual if both or residual_dtype is None else dx, None
 
 
 def _shape(x):
@@ -128,16 +137,17 @@ def _shape(x):
     return dict(H=x.shape[1], BLOCK_H=block, num_warps=min(32, max(1, warps)))
 
 
-def rmsnorm(x, weight, eps, *, residual=None, impl="auto"):
+def rmsnorm(x, weight, eps, *, residual=None, dtype=None, impl="auto"):
     """weight * s / sqrt(mean(s^2) + eps) with s = x + residual, differentiable in all three tensors.
 
     Args:
         x: (T, H); weight: (H,); residual: (T, H) or None. Dtypes may differ; for "triton" contiguous and not fp64.
         eps: Python float, as it is compiled in.
+        dtype: of y; None: that of weight * s.
         impl: "auto" ("triton" for CUDA tensors but fp64, else "reference"), "triton", "reference", or "liger".
 
     Returns:
-        y (T, H) in the dtype of weight * s, or with a residual (y, s), s being the next residual.
+        y (T, H) in `dtype`, or with a residual (y, s), s being the next residual.
 
     Raises:
         ValueError: shapes that do not fit together, an unknown impl, or one that cannot take these tensors.
@@ -150,7 +160,7 @@ def rmsnorm(x, weight, eps, *, residual=None, impl="auto"):
     if impl == "auto":
         impl = "triton" if x.is_cuda and torch.float64 not in dtypes else "reference"
     if impl == "reference":
-        return rmsnorm_ref(x, weight, eps, residual)
+        return rmsnorm_ref(x, weight, eps, residual, dtype)
     if impl not in ("triton", "liger"):
         raise ValueError(f"impl={impl!r}: one of auto, triton, liger, reference")
     if torch.float64 in dtypes:
@@ -158,14 +168,14 @@ def rmsnorm(x, weight, eps, *, residual=None, impl="auto"):
     if x.shape[1] > MAX_SIZE:
         raise ValueError(f'H={x.shape[1]}: impl="{impl}" holds rows of up to {MAX_SIZE}, use "reference"')
     if impl == "liger":
-        return _liger(x, weight, eps, residual)
+        return _liger(x, weight, eps, residual, dtype)
     _triton.check_device(**tensors)
-    return _RMSNorm.apply(x, weight, eps, residual)
+    return _RMSNorm.apply(x, weight, eps, residual, dtype)
 
 
-def _liger(x, weight, eps, residual):
-    if len({t.dtype for t in (x, weight, residual) if t is not None}) > 1:
-        raise ValueError(f'x is {x.dtype}: impl="liger" rounds all to it, so weight and residual must be as well')
+def _liger(x, weight, eps, residual, dtype):
+    if {t.dtype for t in (x, weight, residual) if t is not None} | {dtype or x.dtype} != {x.dtype}:
+        raise ValueError(f'x is {x.dtype}: impl="liger" rounds all to it, so weight, residual and y must be as well')
     try:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction

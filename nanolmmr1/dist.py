@@ -22,20 +22,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanolmmr1.config import UserError
 
 launch = None  # a name of what started these ranks, kept over restarts, on rank 0; None until they have met
+_shard_alone = False  # see start
 
 
 class SharedError(UserError):
     """What is wrong with one rank, raised on all of them at the same place: they may still do things together."""
 
 
-def start(device, timeout_s):
-    """Join the other ranks. Without torchrun a CPU needs no group, and a GPU gets one of its own, for FSDP.
+def start(device, timeout_s, shard_alone=False):
+    """Join the other ranks. Without torchrun there are none, and a group only where FSDP needs one.
 
     Args:
         device: "cpu" or "cuda". timeout_s: a collective that takes longer ends the process.
+        shard_alone: let FSDP have the model of a single rank too, as offloading needs it. Else it stays plain: over one
+            rank FSDP would cast, copy and divide for nothing.
     """
-    global launch
-    if td.is_initialized() or not (launched() or device == "cuda"):
+    global launch, _shard_alone
+    _shard_alone = shard_alone
+    if td.is_initialized() or not (launched() or shard_alone):
         return
     if device == "cuda" and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
         # Of all ranks of the host, so that none waits for another.
@@ -99,7 +103,7 @@ def launched():
 
 def sharded():
     """Whether models are FSDP's."""
-    return td.is_initialized()
+    return td.is_initialized() and (size() > 1 or _shard_alone)
 
 
 def rank():

@@ -3,8 +3,8 @@
 A response sees its prompt whole and itself causally (`Spans` with the prompt as prefix), and its
 positions restart at the prompt's largest 3-D position + 1, as if it followed alone. So one pass
 over a pack gives the hidden states and gradients of G separate sequences, with the prompt and its
-images computed once. The prompt's last token predicts every response's first; it is gathered G
-times before the head. A response's last token predicts nothing, so it is a target and not an input.
+images computed once. The prompt's last token predicts every response's first; its hidden state is
+expanded to G before the head (`scored`). A response's last token predicts nothing, so it is a target and not an input.
 
 A rollout's scored tokens also form one flat axis of M, response after response; a pack knows where
 its tokens stand on it (`where`). Whatever is per token (advantages, log-probs, weights) is a plain
@@ -29,10 +29,14 @@ class Prompts:
     image_slots: torch.Tensor  # (K,) int64, the tokens that image embeddings replace
 
     def to(self, device):
-        """The same with its tensors on a device. The grid stays: it is read by the host."""
+        """The same with its tensors on a device. The grid stays: it is read by the host.
+
+        To a GPU by pinned memory: from any other the host would wait for all that the GPU has in flight.
+        """
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, torch.Tensor) and name != "grid":
+                value = value.pin_memory() if torch.device(device).type == "cuda" and not value.is_cuda else value
                 moved[name] = value.to(device, non_blocking=True)
         return type(self)(**moved)
 
@@ -53,11 +57,24 @@ class Pack(Prompts):
     """What one forward pass reads, and which hidden states are scored against what."""
 
     spans: Spans
-    rows: torch.Tensor  # (N,) int64, hidden state that predicts each scored token
+    last: torch.Tensor  # (B,) int64, the last token of each prompt
+    fanout: int  # most responses of a prompt
+    picks: torch.Tensor  # (N,) int64, where `scored` finds the hidden state that predicts each scored token
     target: torch.Tensor  # (N,) int64
     where: torch.Tensor  # (N,) int64, the scored token on the rollout's flat axis of M
     num_scored: int  # N
     num_tokens: int  # T
+
+
+def scored(hidden, pack):
+    """The hidden states (N, H) that predict the pack's scored tokens, out of all of them, (T, H).
+
+    A prompt's last one predicts the first token of each response. Its gradients are the backward pass of an expansion,
+    a sum in a fixed order: to select it several times would add them in whatever order a GPU comes by.
+    """
+    first = hidden.index_select(0, pack.last)  # (B, H)
+    copies = first[:, None].expand(-1, pack.fanout, -1).flatten(0, 1)  # (B * fanout, H)
+    return torch.cat([hidden, copies]).index_select(0, pack.picks)
 
 
 def concat_prompts(prompts):
@@ -194,7 +211,7 @@ def build(pieces, patch_dim=0):
     Args:
         patch_dim: width of a patch, where the micro-step `has_images`; 0: it has none.
     """
-    table, ids, positions, slots, rows, target, where, end = [], [], [], [], [], [], [], 0
+    table, ids, positions, slots, lasts, picks, copies, target, where, end = [], [], [], [], [], [], [], [], [], 0
     parts = [(piece.group.prompt, piece.responses, piece.starts) for piece in pieces] or [(_idle_prompt(), [], [])]
     for prompt, responses, starts in parts:
         p0, end = end, end + len(prompt.ids)
@@ -203,7 +220,8 @@ def build(pieces, patch_dim=0):
         positions.append(prompt.positions)
         slots.append(prompt.image_slots + p0)
         last = end - 1
-        for response, start in zip(responses, starts, strict=True):
+        lasts.append(last)
+        for g, (response, start) in enumerate(zip(responses, starts, strict=True)):
             length = len(response.ids)
             if not length:
                 continue
@@ -211,13 +229,17 @@ def build(pieces, patch_dim=0):
             table.append([r0, end, r0, end, p0, last + 1, 1])
             ids.append(response.ids[:-1])
             positions.append((prompt.next_position + torch.arange(length - 1)).expand(3, -1))
-            rows.append(torch.cat([torch.tensor([last]), torch.arange(r0, end)]))
+            copies.append((sum(map(len, target)), len(lasts) - 1, g))
+            picks.append(torch.cat([torch.tensor([last]), torch.arange(r0, end)]))
             target.append(response.ids)
             where.append(torch.arange(start, start + length))
     patches, grid = torch.cat([p.patches for p, _, _ in parts]), torch.cat([p.grid for p, _, _ in parts])
     if patch_dim and not len(grid):
         patches, grid = torch.zeros(4, patch_dim), torch.tensor([[1, 2, 2]])
     empty = [torch.zeros(0, dtype=torch.int64)]
+    fanout, picks = max(len(responses) for _, responses, _ in parts), torch.cat(picks or empty)  # (N,)
+    for n, prompt, g in copies:  # no row is picked twice
+        picks[n] = end + prompt * fanout + g
     return Pack(
         ids=torch.cat(ids),
         positions=torch.cat(positions, 1),
@@ -225,7 +247,9 @@ def build(pieces, patch_dim=0):
         grid=grid,
         image_slots=torch.cat(slots),
         spans=Spans(torch.tensor(table), end),
-        rows=torch.cat(rows or empty),
+        last=torch.tensor(lasts),
+        fanout=fanout,
+        picks=picks,
         target=torch.cat(target or empty),
         where=torch.cat(where or empty),
         num_scored=sum(len(t) for t in target),

@@ -35,6 +35,7 @@ HEADINGS = {  # part of a stage -> heading
     "activations": "activ.", "work": "work", "head": "head", "vision": "vision", "sampler": "sampler",
 }  # fmt: skip
 CURES = (  # what makes a run smaller, the cheapest first; each is tried with the largest token budget that then fits
+    {"pack.checkpoint_activations": "swiglu"},
     {"pack.checkpoint_activations": "all"},
     {"pack.checkpoint_activations": "all", "dist.offload_reference": True},
     {"pack.checkpoint_activations": "all", "dist.offload": True},

@@ -48,7 +48,8 @@ class Block(NamedTuple):
     """A transformer block."""
 
     input: int  # kept in any case
-    kept: int  # with what it keeps for backward where it is not recomputed, its input included
+    kept: int  # with what it keeps for backward where nothing is recomputed, its input included
+    product: int  # of it, what recomputing SwiGLU's product spares
     work: int  # alive for a moment in backward, beside `kept`
     forward: int  # alive for a moment in forward where nothing is kept, its input included
 
@@ -110,14 +111,15 @@ def _block(rows, width, inner, attention, projected, stream, kind):
         attention: bytes kept between the projections. projected: bytes of these before they are turned.
     """
     c, entry = kind.compute, rows * width * stream
-    mlp = rows * inner * c * (3 if kind.device == "cuda" else 4)  # gate, up, product; plain torch keeps silu(gate)
+    product = rows * inner * c * (1 if kind.device == "cuda" else 2)  # plain torch keeps silu(gate) as well
+    mlp = rows * inner * c * 2 + product  # gate and up besides
     kept = 2 * norm(rows, width, stream, kind) + attention + mlp
     # SwiGLU's backward holds its upstream gradient and two of its own, when the product is no longer needed; the
     # gradients of the stream and of what the MLP has read are there as well.
     work = rows * (2 * inner * c + width * (2 * stream + c))
     # The stream, what a branch reads of it, and the larger branch.
     forward = 2 * entry + rows * width * c + max(mlp, attention + projected)
-    return Block(entry, max(kept, entry), work, forward)
+    return Block(entry, max(kept, entry), product, work, forward)
 
 
 def norm(rows, width, stream, kind):
@@ -164,23 +166,26 @@ def head(cfg, scored, kind, trained=True, chunk_tokens=0, split=1):
     return Head(hidden + scoring, 2 * hidden + dw + weight + chunk, hidden + dw, dw)
 
 
-def kept(cfg, load, kind, recompute, vision=True):
+def kept(cfg, load, kind, products=0, blocks=0, vision=True):
     """Bytes that wait for the backward pass in all blocks and between them: (language, vision).
 
     Args:
-        recompute: how many blocks are recomputed, see `blocks_to_recompute`. vision: whether the tower is trained.
+        products, blocks: what is recomputed, see `to_recompute`. vision: whether the tower is trained.
     """
-    language = language_block(cfg, load, kind)
+
+    def waiting(block, depth, before):
+        """Of a tower's blocks, `before` others being counted first."""
+        whole, some = (min(max(0, count - before), depth) for count in (blocks, products))
+        return whole * block.input + (depth - whole) * block.kept - max(0, some - whole) * block.product
+
     layers = cfg.num_hidden_layers
-    here = min(recompute, layers)
-    total = here * language.input + (layers - here) * language.kept
+    total = waiting(language_block(cfg, load, kind), layers, 0)
     total += norm(load.tokens, cfg.hidden_size, kind.stream, kind)  # the last one
     total += masks(cfg, load, kind)
     if not (vision and load.patches):
         return total, 0
-    block, depth = vision_block(cfg.vision, load.patches, kind), cfg.vision.depth
-    there = min(recompute - here, depth)
-    return total, there * block.input + (depth - there) * block.kept + vision_ends(cfg.vision, load.patches, kind)
+    tower = waiting(vision_block(cfg.vision, load.patches, kind), cfg.vision.depth, layers)
+    return total, tower + vision_ends(cfg.vision, load.patches, kind)
 
 
 def masks(cfg, load, kind):
@@ -189,20 +194,23 @@ def masks(cfg, load, kind):
     return load.masked * (group * kind.compute + 1) if kind.device == "cpu" else 0
 
 
-def blocks_to_recompute(cfg, tokens, patches, budget, kind, vision=True):
-    """How many blocks to recompute in the backward pass, so that what is kept of all fits a budget as well as can be.
+def to_recompute(cfg, tokens, patches, budget, kind, vision=True):
+    """What to recompute in the backward pass, so that what is kept of all fits a budget as well as can be.
 
-    Blocks are counted from the language model's first; once these are all recomputed, from the vision tower's first.
-    Of either tower the first ones are recomputed last, when most else has been freed.
+    SwiGLU's product first, a fifth of what a block keeps for a fiftieth of its time; only when that is recomputed in
+    all of them, whole blocks. Blocks are counted from the language model's first; once these are all taken, from the
+    vision tower's first. Of either tower the first ones are recomputed last, when most else has been freed.
 
     Args:
         cfg: ModelConfig. tokens, patches: of the largest micro-batch. budget: bytes. vision: is the tower trained?
 
     Returns:
-        0 ... num_hidden_layers + vision.depth
+        (products, blocks), 0 ... num_hidden_layers + vision.depth each: of how many blocks the product is made again,
+        and how many are as a whole.
     """
     load, most = Load(tokens, 0, patches), cfg.num_hidden_layers + (cfg.vision.depth if vision and patches else 0)
-    return next((n for n in range(most) if sum(kept(cfg, load, kind, n, vision)) <= budget), most)
+    choices = [(n, 0) for n in range(most)] + [(most, n) for n in range(most + 1)]
+    return next((choice for choice in choices if sum(kept(cfg, load, kind, *choice, vision)) <= budget), choices[-1])
 
 
 def local_sampling(cfg, kind, prompts, prompt, response, group_size, patches):

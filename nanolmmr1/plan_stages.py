@@ -26,7 +26,6 @@ class Machine(NamedTuple):
     device: str
     ranks: int
     shards: int  # ranks that a model is spread over; 1: a whole model on each
-    sharded: bool  # by FSDP, which a GPU always has, and a CPU under torchrun
     capacity: float  # bytes of a rank; 0: unknown
     name: str
 
@@ -61,15 +60,14 @@ def machine(cfg):
     host = cfg.plan.host_gpus or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(ranks, 8)
     if cfg.dist.shard == "host" and ranks % host:
         raise UserError(f"plan.gpus={ranks} is no multiple of plan.host_gpus={host}: give the GPUs of a host")
-    sharded = device == "cuda" or ranks > 1
-    shards = (host if cfg.dist.shard == "host" else ranks) if sharded else 1
+    shards = host if cfg.dist.shard == "host" else ranks
     if device == "cpu":
-        return Machine(device, ranks, shards, sharded, 0, f"{ranks} x CPU")
+        return Machine(device, ranks, shards, 0, f"{ranks} x CPU")
     if cfg.plan.gpu_gb or not here:
         capacity = (cfg.plan.gpu_gb or 80) * GB
     else:  # what is free: other programs' memory and the context are gone already
         capacity = torch.cuda.mem_get_info()[0]
-    return Machine(device, ranks, shards, sharded, capacity, f"{ranks} x {capacity / GB:.0f} GB GPU")
+    return Machine(device, ranks, shards, capacity, f"{ranks} x {capacity / GB:.0f} GB GPU")
 
 
 class Plan:
@@ -87,23 +85,23 @@ class Plan:
         self.count = memory.parameters(model, tuple(PARTS.get(part, part) for part in phase.freeze))
         self.prompts = -(-phase.prompts_per_step // where.ranks)  # that this rank samples
         self.vision = bool(self.count.trained_vision)
-        offload = cfg.dist.offload and where.sharded
+        offload, self.sharded = cfg.dist.offload, where.ranks > 1 or cfg.dist.offload  # by FSDP
         bytes_, shards, n = self.kind.master, where.shards, self.count
         self.weights, self.gradients = n.total * bytes_ / shards, n.trained * bytes_ / shards
         self.optimiser = 2 * self.gradients  # both moments, in the weights' precision
         # Of micro-batches: HSDP keeps their sum in fp32 until it crosses hosts, but where it is offloaded.
-        self.waiting = n.trained * 4 / shards if cfg.dist.shard == "host" and where.sharded else self.gradients
+        self.waiting = n.trained * 4 / shards if cfg.dist.shard == "host" and self.sharded else self.gradients
         self.reference = self.weights if phase.objective.kl_coef else 0
-        away = offload or cfg.dist.offload_reference and where.sharded
+        away = offload or cfg.dist.offload_reference
         self.host = (self.weights + self.gradients + self.optimiser) * offload + self.reference * away
         if offload:
             self.weights = self.gradients = self.waiting = self.optimiser = 0
         if away:
             self.reference = 0
         # The embedded sampler reads whole weights: the policy's own, or where these are sharded a copy of them in fp32.
-        self.copy = n.total * 4 if cfg.rollout.engine == "local" and where.sharded else 0
-        # On a CPU without FSDP autocast keeps 16-bit copies of the matrices that it has met.
-        self.cast = n.total * compute if not where.sharded and compute < bytes_ else 0
+        self.copy = n.total * 4 if cfg.rollout.engine == "local" and self.sharded else 0
+        # Without FSDP autocast makes 16-bit copies of matrices: a product's backward keeps its own.
+        self.cast = compute if not self.sharded and compute < bytes_ else 0  # of a parameter
 
     def load(self, budget):
         """The largest micro-batch within a token budget."""
@@ -115,23 +113,27 @@ class Plan:
         return memory.micro_batch(longest.prompt, response, G, longest.patches, prompts, budget)
 
     def recompute(self, load):
+        """(products, blocks), see plan_memory.to_recompute."""
         how, model = self.cfg.pack.checkpoint_activations, self.model
         most = model.num_hidden_layers + model.vision.depth
         if how != "budget":
-            return most if how == "all" else 0
+            return most * (how in ("swiglu", "all")), most * (how == "all")
         budget = self.cfg.pack.activation_budget_gb * GB
-        return memory.blocks_to_recompute(model, load.tokens, load.patches, budget, self.kind, self.vision)
+        return memory.to_recompute(model, load.tokens, load.patches, budget, self.kind, self.vision)
 
-    def gathered(self, backward=False):
-        """What FSDP holds of a block beside its shard: (weights, gradients).
+    def gathered(self, backward=False, again=(0, 0)):
+        """What FSDP holds of a block beside its shard: (weights, gradients); `again`: see `recompute`.
 
         With several ranks a unit is gathered into one buffer and copied out of it; forward the next unit's buffer meets
         the last one's, backward the next unit's the parameters in use. Gradients come in the compute precision, and are
         copied into the fp32 buffer that is reduced; a shard of the sum in fp32 is then added to the one that is there.
         """
-        if not self.where.sharded:
-            return self.cast, 0
         numel, compute = max(self.count.block, self.count.vision_block), self.kind.compute
+        if not self.sharded:
+            if not backward:
+                return numel * self.cast, 0
+            kept = self.count.total - min(again[1], self.model.num_hidden_layers) * self.count.block
+            return kept * self.cast, numel * self.cast
         weights = numel * compute * (1 if self.where.shards == 1 else 2)
         return weights, (numel * (compute + 4 + 4 / self.where.shards) if backward else 0)
 
@@ -143,7 +145,7 @@ class Plan:
     @property
     def root(self):
         """The root is gathered once a pass, in the master weights' precision."""
-        return self.count.root * self.kind.master if self.where.sharded else 0
+        return self.count.root * self.kind.master if self.sharded else 0
 
     def sampling(self):
         cfg, phase, longest = self.cfg, self.phase, self.longest
@@ -162,7 +164,8 @@ class Plan:
         together = min(self.prompts, max(1, cfg.rollout.max_sequences // phase.group_size))
         lengths = longest.prompt, phase.max_response_tokens, phase.group_size, longest.patches
         cache, work = memory.local_sampling(self.model, self.kind, together, *lengths)
-        return self.base(sampler=cache, work=work, vision=self.pixels(self.prompts), gathered=self.cast)
+        copies = self.count.total * self.cast
+        return self.base(sampler=cache, work=work, vision=self.pixels(self.prompts), gathered=copies)
 
     def pixels(self, prompts):
         """Patches of prompts: they wait where they were made, in the host's memory."""
@@ -174,21 +177,24 @@ class Plan:
             work = max(work, memory.vision_block(self.model.vision, load.patches, self.kind).forward)
         head = memory.head(self.model, load.scored, self.kind, False, self.cfg.pack.head_chunk_tokens).scoring
         weights, _ = self.gathered()
-        parts = dict(work=work) if work > head else dict(head=head)  # tower, blocks and head follow one another
-        pixels, masks = load.patches * self.model.vision.patch_dim * 4, memory.masks(self.model, load, self.kind)
-        return self.base(gathered=self.root + weights, vision=pixels, activations=masks, **parts)
+        stream = load.tokens * self.model.hidden_size * self.kind.stream  # it outlives its blocks
+        blocks = dict(work=work, activations=memory.masks(self.model, load, self.kind))
+        # Tower, blocks and head follow one another.
+        parts = max(blocks, dict(head=head, activations=stream), key=lambda parts: sum(parts.values()))
+        pixels = load.patches * self.model.vision.patch_dim * 4
+        return self.base(gathered=self.root + weights, vision=pixels, **parts)
 
     def learning(self, load):
         """The worst of: the head, the first block of the backward pass, the tower's, the embedding's gradient."""
         model, kind, n = self.model, self.kind, self.count
         again = self.recompute(load)
-        language, vision = memory.kept(model, load, kind, again, self.vision)
+        language, vision = memory.kept(model, load, kind, *again, self.vision)
         blocks = language - memory.norm(load.tokens, model.hidden_size, kind.stream, kind)  # the last norm goes first
         if load.patches and not self.vision:
             vision = load.patches * model.vision.patch_dim * 4
         head = memory.head(model, load.scored, kind, bool(n.trained_root), self.cfg.pack.head_chunk_tokens)
         block = memory.language_block(model, load, kind)
-        weights, gradients = self.gathered(backward=True)
+        weights, gradients = self.gathered(True, again)
         root = n.root * kind.master * bool(n.trained_root)  # a gradient of the embedding, as large as itself
         # Before the first micro-batch of an update there are none.
         before = self.waiting if self.several(load) else 0
@@ -197,14 +203,16 @@ class Plan:
         def there(**parts):
             return self.base(**dict(activations=language, vision=vision) | parts)
 
-        def recomputed(block, all_are):  # where only the first ones are, the others are freed by then
-            return block.work + (block.kept - block.input if all_are else 0)
+        def recomputed(block, count):
+            """Work of one of `count` blocks: where not all of them are recomputed, the others are freed by then."""
+            products, blocks = again
+            return block.work + (block.kept - block.input if blocks >= count else block.product * (products >= count))
 
         moments = [
             there(gradients=before, gathered=self.root + weights, head=head.learning),
             there(
                 gradients=before, gathered=self.root + weights + gradients, activations=blocks, head=head.gradient,
-                work=recomputed(block, again >= model.num_hidden_layers),
+                work=recomputed(block, model.num_hidden_layers),
             ),
         ]  # fmt: skip
         if vision and self.vision:
@@ -212,11 +220,11 @@ class Plan:
             moments.append(there(
                 gradients=max(before, share * n.trained_language), gathered=self.root + weights + gradients,
                 activations=load.tokens * model.hidden_size * kind.stream, head=head.weight,
-                work=recomputed(tower, again >= model.num_hidden_layers + model.vision.depth),
+                work=recomputed(tower, model.num_hidden_layers + model.vision.depth),
             ))  # fmt: skip
         # A tied weight's gradient is complete when the embedding's, as large and dense, is added to the head's; FSDP
         # then copies it into the buffer that is reduced.
-        copies = max(head.weight + root + self.root, 2 * root if self.where.sharded else 0)
+        copies = max(head.weight + root + self.root, 2 * root if self.sharded else 0)
         moments.append(there(
             gradients=max(before, share * (n.trained - n.trained_root)), gathered=copies - head.weight, vision=0,
             activations=load.tokens * model.hidden_size * kind.stream, head=head.weight,
@@ -257,7 +265,7 @@ class Plan:
             found.append(Stage("scoring", self.scoring(load), self.host))
         found.append(Stage("learning", self.learning(load), self.host))
         found.append(Stage("optimiser step", self.base(gradients=self.gradients), self.host))
-        if self.cfg.rollout.engine == "vllm" or where.sharded and self.cfg.rollout.engine == "local":
+        if self.cfg.rollout.engine == "vllm" or self.sharded and self.cfg.rollout.engine == "local":
             # A bucket, or a larger tensor by itself, is gathered from a flat shard, whole, and then as it is. Of an
             # engine the weights are back.
             embedding = self.model.vocab_size * self.model.hidden_size

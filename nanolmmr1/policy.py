@@ -18,7 +18,8 @@ from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
 from nanolmmr1.objective import fold_importance, needs_whole_sequences, policy_loss, policy_stats
 from nanolmmr1.optim import StochasticAdamW
-from nanolmmr1.plan_memory import Kind, blocks_to_recompute
+from nanolmmr1.pack import scored
+from nanolmmr1.plan_memory import Kind, to_recompute
 from nanolmmr1.shard import reshard, sum_over_hosts
 
 PARTS = {"vision": "visual.", "merger": "visual.merger.", "language": "model.", "embedding": "model.embed_tokens."}
@@ -53,15 +54,17 @@ class Policy:
             sum(p.numel() for p in blocks.parameters()) for blocks in (model.visual.blocks, model.model.layers)
         )
         self.patch_cost = tower / language  # of an image patch, in tokens: by the parameters that each meets
-        self.recompute(len(model.model.layers) + len(model.visual.blocks), cfg.pack.checkpoint_activations == "all")
+        every = len(model.model.layers) + len(model.visual.blocks)
+        self.recompute(*{"swiglu": (every, 0), "all": (every, every)}.get(cfg.pack.checkpoint_activations, (0, 0)))
 
-    def recompute(self, count, flag=True):
-        """Recompute the first `count` blocks in the backward pass, the language model's before the tower's."""
+    def recompute(self, products, blocks):
+        """In the backward pass make again SwiGLU's product of the first `products` blocks, and the first `blocks` as a
+        whole; the language model's come before the tower's."""
         for i, block in enumerate((*self.model.model.layers, *self.model.visual.blocks)):
-            block.recompute = flag and i < count
+            block.recompute, block.mlp.recompute = i < blocks, blocks <= i < products
 
     def fit_activations(self, pack):
-        """With pack.checkpoint_activations=budget: recompute as many blocks as this pack's size asks for.
+        """With pack.checkpoint_activations=budget: recompute as much as this pack's size asks for.
 
         No collective is inside of what is recomputed, so ranks need not agree.
         """
@@ -71,7 +74,7 @@ class Policy:
         trained = any(p.requires_grad for p in self.model.visual.parameters())
         budget = self.cfg.pack.activation_budget_gb * 1e9
         sizes = pack.num_tokens, len(pack.patches)
-        self.recompute(blocks_to_recompute(self.model.cfg, *sizes, budget, kind, trained))
+        self.recompute(*to_recompute(self.model.cfg, *sizes, budget, kind, trained))
 
     def learns(self, freeze):
         """Names of the tensors that are trained where `freeze` is not.
@@ -112,10 +115,11 @@ class Policy:
         else:
             self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
 
-    def autocast(self):
+    def autocast(self, cache=True):
+        """cache: keep 16-bit copies of the weights until the end, for whoever reads a weight more than once."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=cache)
 
     def run(self, pack, model, head):
         """What `head` makes of its weight (V, H) and the hidden states (N, H) that predict the pack's scored tokens."""
@@ -124,11 +128,13 @@ class Policy:
             return attention(q, k, v, pack.spans, impl=self.cfg.pack.attention)
 
         def then(hidden, weight):
-            return head(hidden.index_select(0, pack.rows).to(self.dtype), weight)
+            rows = scored(hidden, pack).to(self.dtype)  # (N, H); gradients of a prompt's last row add up in fp32
+            del hidden  # all T of them, which the head's memory would come on top of
+            return head(rows, weight)
 
         # The grid as lists: FSDP would send a tensor to the GPU, from where the host had to fetch it.
         images = pack.patches, pack.grid.tolist(), pack.image_slots
-        with self.autocast():
+        with self.autocast(cache=False):
             return model(pack.ids, pack.positions, attend, *images, impl=self.cfg.pack.attention, then=then)
 
     @torch.no_grad()

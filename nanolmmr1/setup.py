@@ -125,7 +125,7 @@ def hash_rows(rows):
 
 
 def load_model(cfg, folder, device, offload=False, empty=False):
-    """The model of a folder as the recipe wants it: whole, or sharded where there is a process group.
+    """The model of a folder as the recipe wants it: whole, or sharded over several ranks.
 
     Args:
         empty: leave its memory as it is; a checkpoint is read into all of it next.

@@ -222,5 +222,5 @@ def load_other(run):
 TASKS = {f.__name__: f for f in (go_on, background, full_disk, die, folders, trained, load_other)}
 
 def main(task, run, *args):
-    dist.start("cpu", 60.0)
+    dist.start("cpu", 60.0, shard_alone=True)
     print(json.dumps(TASKS[task](Path(run), *args)))

@@ -226,7 +226,7 @@ def test_automatic_chunks_fit_their_buffer_and_are_even(head_inputs, monkeypatch
     assert len(_head.chunks(x, w, 0, torch.float32)) <= len(parts)
 
 
-def test_a_gpus_chunks_have_as_many_tokens_as_640_mb_hold():
+def test_a_gpus_chunks_have_as_many_tokens_as_a_gigabyte_holds():
     cuda = torch.device("cuda")
 
     class Shape:  # of tensors that no CPU need hold
@@ -237,8 +237,8 @@ def test_a_gpus_chunks_have_as_many_tokens_as_640_mb_hold():
             return self.rows
 
     sizes = {dtype: _head.chunks(Shape(16_384), Shape(151_936), 0, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    assert {s.stop - s.start for s in sizes[torch.float32]} == {1024}
-    assert {s.stop - s.start for s in sizes[torch.bfloat16]} == {2048}
+    assert {s.stop - s.start for s in sizes[torch.float32]} == {2048}
+    assert {s.stop - s.start for s in sizes[torch.bfloat16]} == {4096}
 
 
 def test_without_a_choice_the_device_decides(head_inputs, device):

@@ -16,6 +16,7 @@ import triton.language as tl
 from compare import errors
 
 from nanolmmr1.kernels import _rows
+from nanolmmr1.kernels import linear_logprob as logprob
 from nanolmmr1.kernels import linear_loss as kernel
 from nanolmmr1.objective import Tokens, policy_loss
 
@@ -589,21 +590,26 @@ def test_bf16_at_the_real_size(real_size):
 @needs_gpu
 def test_a_gpu_needs_one_chunk_of_logits_beside_the_gradients_and_waits_for_none(real_size):
     (x, w, y), objective, fused = real_size
+    banned = tuple(i for i in range(151_643, 151_700) if not (y == i).any())[:5]
     for form in (None, fused):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        job = kernel._Job(y, objective, form, 1.0, (), 250, None, torch.float32, "triton", True)
-        kernel._LinearLoss.apply(a, b, job)  # compiles
+
+        def head(a=a, b=b, form=form):
+            logps = logprob.linear_logprob(a, b, y, banned=banned, impl="triton")
+            return logps, kernel.linear_loss(a, b, y, objective, fused=form, banned=banned, impl="triton")[0]
+
+        head()  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss, _, _ = kernel._LinearLoss.apply(a, b, replace(job, chunk_tokens=0))
+            made = head()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         gradients = a.numel() * 2 + b.numel() * 4
-        assert torch.cuda.max_memory_allocated() - before - gradients <= 0.7e9
-        del loss
+        assert torch.cuda.max_memory_allocated() - before - gradients <= 1.3e9  # a chunk of logits is 1.245e9
+        del made
 
 
 @pytest.mark.gpu

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from nanolmmr1 import weights
 from nanolmmr1.data import Row
 from nanolmmr1.kernels import attention, linear_loss
-from nanolmmr1.pack import Piece, build, deal, pack_groups
+from nanolmmr1.model import MLP
+from nanolmmr1.pack import Piece, build, deal, pack_groups, scored
 from nanolmmr1.prompt import Processor
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.schema import Prompt as PromptConfig
@@ -53,9 +55,30 @@ def test_the_vision_tower_attends_by_the_impl_it_is_given(tiny, prompts):
         model.visual(prompt.patches, prompt.grid, "varlen")
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_mlp_of_any_width_is_a_plain_one(bias, recompute):
+    """Products see a width that is a multiple of 8; weights, results and gradients are those of the width itself."""
+    torch.manual_seed(0)
+    mlp, x = MLP(16, 21, bias).double(), torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    mlp.recompute, seen = recompute, []
+    plain = x.detach().clone().requires_grad_()
+    gate, up = (F.linear(plain, proj.weight, proj.bias) for proj in (mlp.gate_proj, mlp.up_proj))
+    wanted = F.linear(F.silu(gate) * up, mlp.down_proj.weight, mlp.down_proj.bias)
+    upstream = torch.randn_like(wanted)
+    inputs = [plain, *mlp.parameters()]
+    gold = [wanted, *torch.autograd.grad(wanted, inputs, upstream)]
+    out = mlp(x)
+    ours = [out, *torch.autograd.grad(out, [x, *mlp.parameters()], upstream)]
+    assert all(a.shape == b.shape and (a - b).abs().max() < 1e-14 for a, b in zip(ours, gold, strict=True))
+    down, mlp.down = mlp.down, lambda gate, up: seen.append(gate.shape) or down(gate, up)
+    mlp(x)
+    assert seen == [(5, 24)] and [p.shape for p in mlp.parameters() if p.ndim > 1] == [(21, 16), (21, 16), (16, 21)]
+
+
 def scored_hidden(model, pack):
     """(N, H)"""
-    return hidden_states(model, pack, pack.spans).index_select(0, pack.rows)
+    return scored(hidden_states(model, pack, pack.spans), pack)
 
 
 def prompt_logits(model, *prompts):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanolmmr1.pack import Piece, build, concat_prompts, deal, has_images, pack_groups
+from nanolmmr1.pack import Piece, build, concat_prompts, deal, has_images, pack_groups, scored
 from nanolmmr1.prompt import Prompt
 from nanolmmr1.rollout import Group, Response
 
@@ -28,6 +28,11 @@ def image_prompt(first_patch):
         patches=torch.arange(first_patch, first_patch + 8)[:, None].expand(8, 6).float(),
         grid=torch.tensor([[1, 4, 2]]), image_slots=torch.tensor([1, 2]), text="",
     )  # fmt: skip
+
+
+def rows(pack):
+    """The places whose hidden states predict the pack's scored tokens."""
+    return scored(torch.arange(pack.num_tokens)[:, None], pack).flatten().tolist()
 
 
 def responses(*lengths, first=100):
@@ -63,7 +68,7 @@ def test_a_pack_of_two_groups_is_laid_out_as_written_here():
         [9, 10, 9, 10, 5, 9, 1],
     ]
     assert pack.spans.num_tokens == pack.num_tokens == 10 and pack.num_scored == 6
-    assert pack.rows.tolist() == [2, 3, 4, 2, 8, 9]  # a prompt's last token predicts each response's first
+    assert rows(pack) == [2, 3, 4, 2, 8, 9]  # a prompt's last token predicts each response's first
     assert pack.target.tolist() == [100, 101, 102, 103, 200, 201]
     assert pack.where.tolist() == [0, 1, 2, 3, 4, 5]
     assert pack.image_slots.tolist() == [6, 7] and pack.grid.tolist() == [[1, 4, 2]] and pack.patches.shape == (8, 6)
@@ -81,13 +86,13 @@ def test_an_empty_response_is_no_token_and_shifts_nothing():
     pack = build([piece(text_prompt(10, 11), responses(0, 2, 0), 0, 0, 2)])
     assert pack.ids.tolist() == [10, 11, 100]
     assert pack.spans.table.tolist() == [[0, 2, 0, 2, 0, 0, 1], [2, 3, 2, 3, 0, 2, 1]]
-    assert pack.rows.tolist() == [1, 2] and pack.target.tolist() == [100, 101] and pack.where.tolist() == [0, 1]
+    assert rows(pack) == [1, 2] and pack.target.tolist() == [100, 101] and pack.where.tolist() == [0, 1]
 
 
 def test_a_group_of_empty_responses_scores_nothing():
     packs, split = pack_groups([Group(text_prompt(10, 11), responses(0, 0))], 100)
     assert split == 0 and [pack.num_scored for pack in packs] == [0]
-    assert len(packs[0].rows) == len(packs[0].target) == len(packs[0].where) == 0
+    assert len(rows(packs[0])) == len(packs[0].target) == len(packs[0].where) == 0
 
 
 def rollout():
@@ -114,7 +119,7 @@ def test_every_scored_token_is_in_exactly_one_pack_and_predicted_by_the_token_be
                 before[token - 100] = int(response.ids[i - 1]) if i else int(group.prompt.ids[-1])
     for pack in packs:
         assert (pack.target == pack.where + 100).all()  # ids were numbered so
-        assert pack.ids[pack.rows].tolist() == [before[place] for place in pack.where.tolist()]
+        assert pack.ids[rows(pack)].tolist() == [before[place] for place in pack.where.tolist()]
         assert (pack.where.diff() > 0).all()  # the rollout's order, so a response's tokens are contiguous
 
 
@@ -321,8 +326,8 @@ def test_a_pack_of_nothing_is_one_token_that_is_not_scored():
     pack = build([])
     assert (pack.num_tokens, pack.num_scored, pack.ids.tolist(), pack.positions.tolist()) == (1, 0, [0], [[0]] * 3)
     assert pack.spans.table.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
-    assert [len(t) for t in (pack.rows, pack.target, pack.where, pack.patches, pack.grid, pack.image_slots)] == [0] * 6
-    assert pack.grid.shape == (0, 3) and pack.rows.dtype == pack.target.dtype == pack.where.dtype == torch.int64
+    assert [len(t) for t in (pack.picks, pack.target, pack.where, pack.patches, pack.grid, pack.image_slots)] == [0] * 6
+    assert pack.grid.shape == (0, 3) and pack.picks.dtype == pack.target.dtype == pack.where.dtype == torch.int64
 
 
 def sizes_of_a_step(seed, pictures):
@@ -374,8 +379,23 @@ def test_prompts_alone_are_concatenated_with_their_images():
     assert packed.patches[:, 0].tolist() == list(range(16)) and len(packed.grid) == 2
 
 
+def test_gradients_of_a_prompts_last_row_are_added_in_one_order():
+    """Nothing is selected twice, which a GPU would add up as it comes by; and the sum is right."""
+    groups = [Group(text_prompt(1, 2, 3), responses(3, 1, 2)), Group(text_prompt(4), responses(2))]
+    (pack,), _ = pack_groups(groups, 100)
+    assert len(set(pack.picks.tolist())) == len(pack.picks) and len(set(pack.last.tolist())) == len(pack.last) == 2
+    hidden = torch.randn(pack.num_tokens, 5, dtype=torch.float64, requires_grad=True)
+    plain = hidden.detach().clone().requires_grad_()
+    upstream = torch.randn(pack.num_scored, 5, dtype=torch.float64)
+    ours, theirs = scored(hidden, pack), plain.index_select(0, torch.tensor(rows(pack)))
+    assert torch.equal(ours, theirs)
+    for out in (ours, theirs):
+        out.backward(upstream)
+    assert torch.allclose(hidden.grad, plain.grad, rtol=0, atol=1e-14) and hidden.grad[2].abs().min() > 0
+
+
 def test_moving_a_pack_moves_its_tensors_but_not_the_grid():
     pack = build([piece(image_prompt(0), responses(2), 0)]).to("meta")
     moved = {name for name, value in vars(pack).items() if isinstance(value, torch.Tensor) and value.is_meta}
-    assert moved == {"ids", "positions", "patches", "image_slots", "rows", "target", "where"}
+    assert moved == {"ids", "positions", "patches", "image_slots", "last", "picks", "target", "where"}
     assert pack.grid.tolist() == [[1, 4, 2]] and pack.num_scored == 2

@@ -7,6 +7,7 @@ import torch
 from nanolmmr1.kernels.linear_logprob import linear_logprob
 from nanolmmr1.kernels.linear_loss import linear_loss
 from small import BANNED, small_model, small_recipe, small_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolmmr1 import plan_memory
 from nanolmmr1.config import UserError
@@ -191,23 +192,63 @@ def test_bf16_compute_on_a_cpu_keeps_fp32_log_probs(tmp_path):
     assert math.isfinite(record["actor/grad_norm"]) and record["mismatch/logp_abs"] < 0.05
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_a_budget_recomputes_as_many_blocks_as_a_pack_asks_for_and_changes_no_gradient(tmp_path, blocks):
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("products", "blocks"), [(0, 0), (1, 0), (3, 0), (3, 1), (3, 3)])
+def test_a_budget_recomputes_as_much_as_a_pack_asks_for_and_changes_no_gradient(tmp_path, products, blocks):
     trainer = small_trainer(tmp_path, images=True)
     policy, model = trainer.policy, trainer.policy.model
-    prompts = [trainer.processor.prepare(row, False) for row in trainer.rows[:4]]
-    groups = trainer.sampler.generate(prompts, SamplingParams(2, 8, banned_ids=BANNED), [(n,) for n in range(4)])
-    (pack,), _ = pack_groups(groups, 1 << 20)
-    ones = torch.ones(pack.num_scored)
-    tokens = Tokens(ones, ones, torch.zeros_like(pack.target), torch.zeros_like(ones))
+    pack, tokens = pack_of(trainer)
     load = plan_memory.Load(pack.num_tokens, 0, len(pack.patches))
-    kept = sum(plan_memory.kept(model.cfg, load, plan_memory.Kind("cpu", 4, 4), blocks))
+    kept = sum(plan_memory.kept(model.cfg, load, plan_memory.Kind("cpu", 4, 4), products, blocks))
 
-    policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+    with Products() as plainly:
+        policy.learn(pack, tokens, trainer.phase.objective, 1.0)
     plain = [p.grad for p in policy.trained.values()]
     policy.discard()
     policy.cfg.pack.checkpoint_activations, policy.cfg.pack.activation_budget_gb = "budget", kept / 1e9
-    policy.learn(pack, tokens, trainer.phase.objective, 1.0)
-    recomputed = [block.recompute for block in (*model.model.layers, *model.visual.blocks)]
-    assert recomputed == [True] * blocks + [False] * (3 - blocks)
+    with Products() as again:
+        policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+    every = (*model.model.layers, *model.visual.blocks)
+    assert [block.recompute for block in every] == [True] * blocks + [False] * (3 - blocks)
+    assert [block.mlp.recompute for block in every] == [blocks <= i < products for i in range(3)]
+    assert (again.count > plainly.count) == (blocks > 0)  # a product of SwiGLU is no matrix product
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, policy.trained.values(), strict=True))
+
+
+def pack_of(trainer):
+    """A pack of four groups, and what the objective knows of its tokens."""
+    prompts = [trainer.processor.prepare(row, False) for row in trainer.rows[:4]]
+    groups = trainer.sampler.generate(prompts, SamplingParams(2, 8, banned_ids=BANNED), [(n,) for n in range(4)])
+    (pack,), _ = pack_groups(groups, 1 << 20)
+    ones = torch.ones(pack.num_scored, device=trainer.policy.device)
+    return pack, Tokens(ones, ones, torch.zeros_like(ones, dtype=torch.int64), torch.zeros_like(ones))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_same_pack_gives_the_same_bits(tmp_path, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    trainer = small_trainer(tmp_path, images=True)
+    pack, tokens = pack_of(trainer)
+    cfg, dtype = trainer.policy.cfg, torch.bfloat16 if device == "cuda" else torch.float32
+    policy = Policy(trainer.policy.model.to(device), cfg, BANNED, dtype)
+    policy.start_phase(trainer.phase)
+    tokens = Tokens(*(x.to(device) for x in (tokens.advantage, tokens.weight, tokens.response, tokens.sampler_logp)))
+    found = []
+    for _ in range(3):
+        stats = policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+        found.append([*(p.grad.clone() for p in policy.trained.values()), stats["logp"], stats["loss"]])
+        policy.discard()
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
