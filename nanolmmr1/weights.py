@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from nanolmmr1 import dist
 from nanolmmr1.config import UserError
 from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
 
@@ -314,19 +315,30 @@ def _kind(p):
 
 
 def _gather(bucket, mesh, axis, stored, dtype):
-    """(name, whole tensor) of [(name, DTensor)] of one kind, by one collective."""
+    """(name, whole tensor) of [(name, DTensor)] of one kind, by one collective.
+
+    Raises:
+        SharedError: on all ranks, where one has no memory for it: the others would wait for that one in vain.
+    """
     ranks, shapes = mesh.size(axis), [p.shape for _, p in bucket]
     rows = [-(-shape[0] // ranks) for shape in shapes]  # of a rank; the last ranks may have fewer, or none
     sizes = [n * shape[1:].numel() for n, shape in zip(rows, shapes, strict=True)]
-    # On the mesh's device even where the shards are offloaded: that is where the fast network is.
-    own = torch.zeros(sum(sizes), dtype=dtype or stored, device=mesh.device_type)
+
+    def room():
+        try:  # on the mesh's device even where the shards are offloaded: that is where the fast network is
+            options = dict(dtype=dtype or stored, device=mesh.device_type)
+            own, every = torch.zeros(sum(sizes), **options), torch.empty(ranks, sum(sizes), **options)
+            return own, every, [torch.empty(shape, **options) for shape in shapes]
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"no memory to gather weights: {error}") from error
+
+    own, every, whole = dist.together(room)
     for (_, p), part in zip(bucket, own.split(sizes), strict=True):
         local = p.to_local().flatten()
         part[: len(local)].copy_(local)
-    every = own.new_empty(ranks * len(own))
-    all_gather(every, own, group=mesh.get_group(axis))
-    for (name, _), part, shape in zip(bucket, every.view(ranks, -1).split(sizes, 1), shapes, strict=True):
-        yield name, part.reshape(-1, *shape[1:])[: shape[0]].contiguous()
+    all_gather(every.view(-1), own, group=mesh.get_group(axis))
+    for (name, _), part, out in zip(bucket, every.split(sizes, 1), whole, strict=True):
+        yield name, out.copy_(part.unflatten(1, (-1, *out.shape[1:])).flatten(0, 1)[: len(out)])
 
 
 def save(model, folder, source, dtype=torch.float32):

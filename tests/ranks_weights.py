@@ -81,6 +81,32 @@ def full_disk(folder, out):
     return [said, names(out)]
 
 
+def full_memory():
+    """One rank has no memory left amid a hand-over: what each says, how far it came, and what they do next."""
+    model, took = torch.nn.ModuleDict({"block": Awkward(AWKWARD)}), []
+    fully_shard(model["block"], mesh=dist.mesh("cpu", "all", 60))
+    zeros, calls, weights.BUCKET_BYTES = torch.zeros, [], 1
+
+    def failing(*args, **options):
+        calls.append(args)
+        if dist.rank() == 1 and len(calls) == 3:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return zeros(*args, **options)
+
+    def take():
+        for name, _ in weights.published(model):
+            took.append(name)
+
+    torch.zeros = lambda *args, **options: (
+        failing if "device" in options else zeros)(*args, **options)
+    try:
+        dist.together(take)
+    except dist.SharedError as error:
+        said = str(error)
+    torch.zeros = zeros
+    return [said, len(took), len(set(weights.published(model)))]
+
+
 def damaged(folder):
     """A sharded model is as strict as a whole one."""
     try:
@@ -95,5 +121,6 @@ def main(folder, broken, out):
     said = {"hand_over": [hand_over(over, size) for over in ("all", "host") for size in (1 << 20, 150, 1)]}
     said["folders"] = [folders(folder, out, over) for over in ("all", "host")]
     said["full_disk"] = full_disk(folder, out)
+    said["full_memory"] = full_memory()
     said["damaged"] = damaged(Path(broken))
     print(json.dumps(said))

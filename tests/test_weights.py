@@ -305,6 +305,7 @@ def test_ranks_read_hand_over_and_write_what_one_process_does(tied, tmp_path):
         assert [done[:2] for done in rank["folders"]] == [[True, True]] * 2
         assert "full cannot be written" in rank["full_disk"][0] and "No space left" in rank["full_disk"][0]
         assert rank["full_disk"][1] == ["all", "host"]
+        assert rank["full_memory"] == ["rank 1: no memory to gather weights: tried to allocate 9 GiB", 2, 7]
         assert "broken lacks 1 of" in rank["damaged"] and "model.norm.weight" in rank["damaged"]
     files = sorted(path.name for path in (tmp_path / "out" / "all").glob("*.safetensors"))
     assert len(files) > 4
