@@ -73,6 +73,10 @@ def resolve(cfg):
         raise UserError(f"optim.betas={cfg.optim.betas}: two numbers in [0, 1) are needed")
     if cfg.prompt.min_pixels > cfg.prompt.max_pixels:
         raise UserError(f"prompt.min_pixels={cfg.prompt.min_pixels} exceeds prompt.max_pixels={cfg.prompt.max_pixels}")
+    if cfg.rollout.engine != "local" and cfg.rollout.timeout_s >= cfg.dist.timeout_s:
+        raise UserError(f"rollout.timeout_s={cfg.rollout.timeout_s:g} is not below dist.timeout_s="
+                        f"{cfg.dist.timeout_s:g}: a rank that waits so long for responses keeps the others in a "
+                        "collective, which would end them without a checkpoint; raise dist.timeout_s")
     for name, phase in cfg.phases.items():
         objective, where = phase.objective, f"phases.{name}"
         engine = dict(tis_cap=0.0 if cfg.rollout.engine == "local" else 2.0)

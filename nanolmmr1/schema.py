@@ -108,7 +108,11 @@ class Rollout:
     max_model_len: int = opt(0, "vllm: longest prompt and response together; 0: the longest that a phase allows")
     tensor_parallel: int = opt(1, "vllm: GPUs an engine is spread over")
     enforce_eager: bool = opt(False, "vllm: no CUDA graphs; starts faster, samples slower; always so on a CPU")
-    timeout_s: float = opt(3600.0, "vllm, server: a call for responses that takes longer stops the run")
+    sleep_level: int = opt(2, "vllm, asleep on a GPU: 2 (weights dropped) | 1 (copied to the host: 7.5 GB of the 3B)")
+    max_mismatch: float | None = opt(None, "nats; a step's mean |log-prob of policy - sampler| above, of text or of "
+                                     "images, ends the run. 0: off; none: 0.01 in float32, 0.1 in bfloat16, 0.25 by "
+                                     "servers")
+    timeout_s: float = opt(1800.0, "vllm, server: a call for responses that takes longer stops the run")
     untested_vllm: bool = opt(False, "accept a vLLM outside the tested range, 0.32")
 
 
@@ -132,8 +136,8 @@ class Pack:
     head: str = opt("auto", "auto (triton on cuda, chunked on cpu) | triton | chunked | reference")
     head_logits: str = opt("float32", "of a chunk: float32 | bfloat16 (faster; rounds new log-probs, not old ones)")
     head_chunk_tokens: int = opt(0, "scored tokens per chunk of the LM head; 0: by device and vocabulary")
-    checkpoint_activations: str = opt("none", "none | all (recompute each block in the backward pass) | budget")
-    activation_budget_gb: float = opt(16.0, "budget: as many blocks are recomputed as this asks for, a rank")
+    checkpoint_activations: str = opt("none", "what backward makes again: none | swiglu (its product) | all | budget")
+    activation_budget_gb: float = opt(16.0, "budget: no more is recomputed than this asks for, a rank; products first")
 
 
 @dataclass
@@ -151,7 +155,7 @@ class Dist:
     shard: str = opt("all", "FSDP over all ranks | host (inside each host, replicated across hosts: HSDP)")
     offload: bool = opt(False, "parameters, gradients and optimiser live on the CPU")
     offload_reference: bool = opt(False, "the KL reference's shards live on the CPU between its turns")
-    timeout_s: float = opt(1800.0, "a collective that waits longer ends the process; torchrun may start all anew")
+    timeout_s: float = opt(3600.0, "a collective that waits longer ends the process; torchrun may start all anew")
     hang_s: float = opt(300.0, "a rank that keeps the others waiting for so long is named")
 
 
@@ -202,12 +206,12 @@ CHOICES = {
     "loss_type": ("ppo", "gspo", "cispo"), "loss_avg_mode": ("token", "sequence", "constant"),
     "tis_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "kl_estimator": ("k1", "k2", "k3"), "kl_place": ("loss", "reward"), "reference": ("phase", "start"),
-    "engine": ("local", "vllm", "server"), "server_weights": ("nccl", "fixed"),
+    "engine": ("local", "vllm", "server"), "server_weights": ("nccl", "fixed"), "sleep_level": (1, 2),
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"), "resume": ("auto", "changed", "never"), "world": ("", "desk"),
     "attention": ("auto", "triton", "varlen", "flash", "sdpa", "reference"),
     "head": ("auto", "triton", "chunked", "reference"), "head_logits": ("float32", "bfloat16"),
-    "checkpoint_activations": ("none", "all", "budget"), "weights": ("float32", "bfloat16"),
+    "checkpoint_activations": ("none", "swiglu", "all", "budget"), "weights": ("float32", "bfloat16"),
     "shard": ("all", "host"),
 }
 POSITIVE = {"prompts_per_step", "group_size", "max_prompt_tokens", "max_response_tokens", "temperature", "top_p",

@@ -208,6 +208,17 @@ WRONG = {  # override -> words of the message
     "prompt.columns={? [a] : 1, b: [[[[[[[": "not readable YAML",
 }
 
+RUN = ["model=m", "phases.train.data=d"]
+
+
+def test_a_rollout_must_end_before_the_collective_that_waits_for_it():
+    limits = ["rollout.timeout_s=100", "dist.timeout_s=100"]
+    with pytest.raises(UserError, match="rollout.timeout_s=100 is not below dist.timeout_s=100: .* raise dist.timeout"):
+        load("single", overrides=[*RUN, "rollout.engine=vllm", *limits])
+    load("single", overrides=[*RUN, *limits])  # the embedded sampler has no limit
+    load("single", overrides=[*RUN, "rollout.engine=vllm"])  # as they are, they fit
+
+
 ELSEWHERE = {  # what TRL, EasyR1, verl and OpenRLHF call it -> ours
     "num_generations": "phases.train.group_size",
     "rollout.n": "phases.train.group_size",

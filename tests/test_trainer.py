@@ -10,7 +10,8 @@ from nanolmmr1.config import UserError
 from nanolmmr1.metrics import read_lines
 from nanolmmr1.objective import group_advantages
 from nanolmmr1.pack import pack_groups
-from nanolmmr1.trainer import Progress
+from nanolmmr1.schema import Phase, Rollout
+from nanolmmr1.trainer import Progress, mismatch_limit
 from nanolmmr1.watch import Preempted
 
 DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std actor/pg_loss
@@ -308,6 +309,42 @@ def test_a_step_is_given_up_before_its_first_update_and_not_after_it(tmp_path):
     trainer.policy.apply = told_while(apply, applied := [])
     record = trainer.step()
     assert len(applied) == 2 and record["pack/micro_batches"] > 3 and trainer.progress.step == 1
+
+
+@pytest.mark.parametrize("limit, ends", [(None, True), (0.6, False), (0.4, True), (0.0, False)])
+def test_a_sampler_that_samples_from_other_weights_ends_the_run(tmp_path, limit, ends):
+    """Its log-probs are off by 0.5 nats, on prompts with images alone."""
+    trainer = small_trainer(tmp_path, images=True)
+    trainer.cfg.rollout.max_mismatch, generate = limit, trainer.sampler.generate
+
+    def shifted(prompts, *args):
+        groups = generate(prompts, *args)
+        for group in groups:
+            for response in group.responses if group.num_patches else ():
+                response.logp = response.logp - 0.5
+        return groups
+
+    trainer.sampler.generate = shifted
+    if not ends:
+        assert trainer.step()["mismatch/image/logp_abs"] == pytest.approx(0.5, rel=1e-3)
+        return
+    with pytest.raises(UserError, match=f"image prompts differ .* by 0.5 nats .*max_mismatch={limit or 0.01:g}"):
+        trainer.step()
+    assert trainer.progress.step == 1 and trainer.sound  # taken and told of: a checkpoint follows
+    assert read_lines(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("engine, dtype, changes, limit", [
+    ("local", torch.float32, {}, 0.01), ("vllm", torch.bfloat16, {}, 0.1), ("server", torch.bfloat16, {}, 0.25),
+    ("vllm", torch.float32, {"top_p": 0.9}, 0.0), ("vllm", torch.float32, {"top_k": 5}, 0.0),
+    ("server fixed", torch.float32, {}, 0.0), ("server fixed", torch.float32, {"lr": 0.0}, 0.01),
+])  # fmt: skip
+def test_how_far_a_sampler_may_be_from_the_policy(engine, dtype, changes, limit):
+    kind, _, fixed = engine.partition(" ")
+    rollout = Rollout(engine=kind, server_weights=fixed or "nccl")
+    assert mismatch_limit(rollout, Phase(**changes), dtype) == limit
+    rollout.max_mismatch = 3.0
+    assert mismatch_limit(rollout, Phase(**changes), dtype) == 3.0
 
 
 def test_a_row_that_comes_again_gets_other_responses(tmp_path):

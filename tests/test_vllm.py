@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 import importlib.util
+import io
 import json
+import logging
 import os
 import re
 import socket
@@ -102,6 +104,32 @@ def assert_every_pixel_counts(engine, policy, prompt):
     first, second = engine.generate([prompt, other], params(policy, 1, 4, temperature=0.0), [(0,), (0,)])
     assert logp_error([first, second], policy) < 1e-3
     assert (first.responses[0].logp - second.responses[0].logp).abs().max() > 1e-2
+
+
+@needs_vllm
+def test_the_engines_head_is_in_fp32_and_warnings_about_weights_are_shown(engine):
+    assert engine.engine.model_config.head_dtype == torch.float32
+    (handler,) = logging.getLogger("vllm.model_executor.model_loader").handlers
+    before = handler.setStream(shown := io.StringIO())
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").warning("weights were lost")
+    logging.getLogger("vllm.v1.engine").warning("of no interest")
+    handler.setStream(before)
+    assert "weights were lost" in shown.getvalue() and "of no interest" not in shown.getvalue()
+
+
+@needs_vllm
+def test_a_rotary_table_that_is_not_as_it_was_made_is_noticed(engine, policy):
+    """As when sleep took its memory and waking gave back other numbers."""
+    def change(model, by):
+        name, table = next((name, b) for name, b in model.named_buffers() if "cos_sin" in name)
+        table[0, 0] += by
+        return name
+
+    (name,) = engine.engine.apply_model(lambda model: change(model, 1))
+    with pytest.raises(UserError, match=re.escape(f"buffers are not as they were made, {name} first")):
+        engine.update(weights.published(policy.model), verify=True)
+    engine.engine.apply_model(lambda model: change(model, -1))
+    engine.update(weights.published(policy.model), verify=True)
 
 
 @needs_vllm

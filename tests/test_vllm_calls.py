@@ -21,7 +21,7 @@ class Engine:
     """Notes what it is asked, and ends one response a step, in the order of their requests."""
 
     def __init__(self, fails=None):
-        self.calls, self.fails, self.waiting = [], fails, []
+        self.calls, self.fails, self.waiting, self.resets, self.logps = [], fails, [], True, [-1.0, -2.0]
 
     def note(self, *call):
         self.calls.append(" ".join(map(str, call)))
@@ -42,6 +42,7 @@ class Engine:
 
     def reset_prefix_cache(self):
         self.note("forget")
+        return self.resets
 
     def reset_mm_cache(self):
         pass
@@ -56,7 +57,7 @@ class Engine:
 
     def step(self):
         self.note("step")
-        drawn = SimpleNamespace(token_ids=[1, 2], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]), finish_reason="stop")
+        drawn = SimpleNamespace(token_ids=[1, 2], logprobs=SimpleNamespace(logprobs=self.logps), finish_reason="stop")
         return [SimpleNamespace(request_id=self.waiting.pop(0), outputs=[drawn], prompt_token_ids=[5])]
 
 
@@ -74,9 +75,11 @@ def make(monkeypatch):
         sampler = VllmSampler.__new__(VllmSampler)
         model = Model()
         sampler.policy = SimpleNamespace(model=model, dtype=torch.float32, device=torch.device("cpu"))
-        sampler.cfg = SimpleNamespace(rollout=SimpleNamespace(timeout_s=60.0))
+        sampler.cfg = SimpleNamespace(rollout=SimpleNamespace(timeout_s=60.0, sleep_level=2))
         sampler.engine, sampler.on_gpu, sampler.ranks, sampler.calls = Engine(fails), True, 1, 0
-        sampler.asleep, sampler.stats, sampler.dtype = set(asleep), {"handover_s": 1.0}, torch.float32
+        sampler.asleep, sampler.stats, sampler.dtype = set(asleep), {}, torch.float32
+        sampler.unproven, sampler.verified = set(), []
+        sampler._verify = sampler.verified.append
         sampler.tensors = {name for name, _ in model.named_parameters()}
         sampler._memory = lambda: (8 << 30, 80 << 30, 40 << 30, 30 << 30)
         sampler._request = lambda prompt, new_tokens: "request"
@@ -116,6 +119,46 @@ def test_an_engine_that_wakes_without_new_weights_is_given_the_policys(make):
     sampler.wake()
     assert sampler.engine.calls[-4:] == ["wake weights", reload_of(sampler), "forget", "wake kv_cache"]
     assert not sampler.asleep
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_all_is_read_back_at_the_start_and_once_after_waking(make, level):
+    """What sleep took may come back otherwise, and nothing would say so."""
+    sampler, weights = make(), []
+    sampler.unproven, sampler.cfg.rollout.sleep_level = {"start", "wake"}, level
+    verified = []
+    for _ in range(3):
+        sampler.update(sampler.policy.model.named_parameters())
+        verified.append(len(sampler.verified))
+        sampler.sleep()
+        assert sampler.engine.calls[-1] == f"sleep {level}"
+        sampler.wake()
+        verified.append(len(sampler.verified))
+    assert verified == [1, 2, 2, 2, 2, 2] and not weights
+
+
+def test_a_read_back_that_fails_is_made_again(make):
+    sampler = make()
+    sampler.unproven, sampler._verify = {"start"}, lambda _: 1 / 0
+    for _ in range(2):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            sampler.update(sampler.policy.model.named_parameters())
+
+
+def test_prefixes_of_old_weights_are_not_kept_in_silence(make):
+    sampler = make()
+    sampler.engine.resets = False
+    for work in (sampler.sleep, lambda: sampler.update(sampler.policy.model.named_parameters())):
+        with pytest.raises(UserError, match="vLLM keeps prefixes that it computed with old weights"):
+            work()
+
+
+@pytest.mark.parametrize("logp", [float("nan"), float("inf"), float("-inf"), 0.5])
+def test_a_log_prob_that_is_none_is_refused(make, logp):
+    sampler = make()
+    sampler.engine.logps = [-1.0, logp]
+    with pytest.raises(UserError, match=f"row r: vLLM gave a log-prob that is not a number up to 0 .{logp:.3g}."):
+        generate(sampler)
 
 
 @pytest.mark.parametrize(

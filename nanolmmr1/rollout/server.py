@@ -6,7 +6,8 @@ This starts one; the message that refuses a server has the recipe's own numbers 
       vllm serve MODEL --host 127.0.0.1 --port 8000 --dtype bfloat16 --max-model-len 4096
       --max-num-seqs 256 --enable-scale-out --logprobs-mode processed_logprobs --no-mm-device-do-normalize
       --mm-processor-cache-gb 0 --mm-processor-kwargs '{"min_pixels": 3136, "max_pixels": 1003520}'
-      --limit-mm-per-prompt '{"video": 0}' --weight-transfer-config '{"backend": "nccl"}'
+      --limit-mm-per-prompt '{"video": 0}' --hf-overrides '{"head_dtype": "float32"}'
+      --weight-transfer-config '{"backend": "nccl"}'
 
 The key is made for the run. vLLM 0.32 asks for it on the routes that sample (/inference, /v1), but not on those that
 replace weights, which VLLM_SERVER_DEV_MODE opens: whoever reaches the port can use them. So a server listens on its own
@@ -40,7 +41,7 @@ from nanolmmr1.pack import pack_groups
 from nanolmmr1.rollout import Group, SamplingParams
 from nanolmmr1.rollout.vllm import TESTED
 from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, answer_bytes, field, request, responses
-from nanolmmr1.rollout.vllm_input import batch_tokens
+from nanolmmr1.rollout.vllm_input import batch_tokens, fp32_head
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
 from nanolmmr1.terminal import printable
 from nanolmmr1.weights import published
@@ -297,6 +298,8 @@ class ServerSampler:
                    "max-num-seqs": rollout.max_sequences, "logprobs-mode": "processed_logprobs",
                    "mm-processor-cache-gb": 0, "mm-processor-kwargs": json.dumps(pixels),
                    "limit-mm-per-prompt": json.dumps({"video": 0})}
+        if head := fp32_head(self.policy):
+            options["hf-overrides"] = json.dumps(head)
         flags = ["--enable-scale-out", "--no-mm-device-do-normalize"]
         if on_cpu:  # why: see vllm.py
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]

@@ -5,14 +5,17 @@ with, so neither tokenizer nor image processor of the engine can disagree with o
 weights; what it samples from is what `update` streamed into it, tensor by tensor, and the first time all of its
 tensors are read back and compared.
 
-On a GPU the engine sleeps between a rollout and the hand-over that follows: its weights and cache are dropped, not
-copied to the host. Written against vLLM 0.32.
+On a GPU the engine sleeps between a rollout and the hand-over that follows: its weights and cache are dropped, or with
+rollout.sleep_level=1 the weights are copied to the host. What sleep takes, vLLM must give back, and in other trainers
+it has failed to without a word: so after the first wake all is read back once more, and every step compares log-probs
+(rollout.max_mismatch). Written against vLLM 0.32.
 
 Next: vllm_tensors.py, where our tensors lie in the engine; vllm_input.py, what it is told.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
 
@@ -21,13 +24,14 @@ import torch
 
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
-from nanolmmr1.rollout.vllm_input import batch_tokens, images_of, sampling_fields
-from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, engine_tensor, read, repack_tied_head
+from nanolmmr1.rollout.vllm_input import batch_tokens, fp32_head, images_of, sampling_fields
+from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, digests, engine_tensor, read, repack_tied_head
 from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
 
 TESTED = "0.32"
 CPU_CACHE_BYTES = 4 << 30
+WEIGHTS_TOLD_BY = "vllm.model_executor.model_loader", "vllm.model_executor.models.utils"  # whose warnings are shown
 
 
 class VllmSampler:
@@ -46,6 +50,7 @@ class VllmSampler:
         self.policy, self.cfg, self.on_gpu = policy, cfg, policy.device.type == "cuda"
         self.ranks, self.dtype, self.remembers = cfg.rollout.tensor_parallel, policy.dtype, False
         self.asleep, self.stats, self.calls = set(), {}, 0
+        self.unproven = {"start", "wake"}  # after which the engine's tensors are still to be read back
         parts = [*cfg.phases.values(), cfg.evaluate]
         self.max_len = cfg.rollout.max_model_len or max(p.max_prompt_tokens + p.max_response_tokens for p in parts)
         args, set_num_threads = self._engine_args(folder), torch.set_num_threads
@@ -56,8 +61,12 @@ class VllmSampler:
                 self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args), context)
         finally:
             torch.set_num_threads = set_num_threads  # on a CPU vLLM replaces it by a function that does nothing
+        for logger in map(logging.getLogger, WEIGHTS_TOLD_BY):  # now: an engine that starts takes handlers away
+            logger.handlers = [logging.StreamHandler()]
+            logger.setLevel(logging.WARNING)
         self.merge = self.engine.model_config.hf_config.vision_config.spatial_merge_size
         self.tensors = self.engine.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
+        self.buffers = self.engine.apply_model(digests)[0]  # rotary tables: nobody hands them over
         self.update(published(policy.model, self.dtype))
 
     def _engine_args(self, folder):
@@ -73,6 +82,7 @@ class VllmSampler:
             max_model_len=self.max_len,
             max_num_seqs=rollout.max_sequences,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans included
+            hf_overrides=fp32_head(self.policy),
             generation_config="vllm",  # the model's own would change temperature and penalties
             enable_prefix_caching=True,  # a group's prompt is computed once
             mm_processor_cache_gb=0,  # nothing is processed there
@@ -187,19 +197,21 @@ class VllmSampler:
         Args:
             weights: iterable of (published name, whole tensor); walked to its end in any case, since other ranks do so
                 too, and no more than a layer's are held.
-            verify: read the engine's tensors back and compare; always done the first time.
+            verify: read the engine's tensors back and compare; always done the first time, and after the first sleep.
 
         Raises:
             UserError: a tensor is missing, comes twice or has no place in the engine, or differs when read back; or
                 the engine failed.
         """
-        began, verify, weights = time.perf_counter(), verify or "handover_s" not in self.stats, iter(weights)
+        moment = "wake" if self.asleep else "start"
+        began, verify, weights = time.perf_counter(), verify or moment in self.unproven, iter(weights)
         try:
             with self._failing_at("taking new weights"):
                 self._load(weights, verify)
         finally:
             for _ in weights:
                 pass
+        self.unproven.discard(moment)
         self.stats["handover_s"] = time.perf_counter() - began
 
     def _load(self, weights, verify):
@@ -244,9 +256,13 @@ class VllmSampler:
         if wrong := self.engine.apply_model(lambda model: list(differing(model)))[0]:
             raise UserError(f"after the hand-over {len(wrong)} of the engine's {len(expected)} tensors are not the "
                             f"trainer's, {wrong[0]} first")
+        found = self.engine.apply_model(digests)[0]
+        if wrong := [name for name, digest in self.buffers.items() if found.get(name) != digest]:
+            raise UserError(f"{len(wrong)} of the engine's {len(self.buffers)} buffers are not as they were made, "
+                            f"{wrong[0]} first: rollout.sleep_level=1 may keep them")
 
     def wake(self):
-        """Take the engine's memory back: weights, then cache. Weights dropped and not replaced are streamed in anew."""
+        """Take the engine's memory back: weights, then cache. Weights that were not replaced are streamed in anew."""
         if "weights" in self.asleep:
             self.update(published(self.policy.model, self.dtype))
         if self.asleep:
@@ -259,7 +275,7 @@ class VllmSampler:
         self._reset_caches()
         if self.on_gpu:
             with self._failing_at("going to sleep"):
-                self.engine.sleep(level=2)  # level 1 would keep a copy of the weights in the host's memory
+                self.engine.sleep(level=self.cfg.rollout.sleep_level)
             self.asleep = {"weights", "kv_cache"}
             free, total, trainer, _ = self._memory()
             self.stats["left_asleep_mb"] = (total - free - trainer) / 2**20  # contexts, graphs, other processes
@@ -273,8 +289,13 @@ class VllmSampler:
         self.engine.engine_core.shutdown()
 
     def _reset_caches(self):
-        """Prefixes and image features of old weights; the latter would also grow with every image seen."""
-        self.engine.reset_prefix_cache()
+        """Prefixes and image features of old weights; the latter would also grow with every image seen.
+
+        Raises:
+            UserError: prefixes of old weights stay.
+        """
+        if not self.engine.reset_prefix_cache():
+            raise UserError("vLLM keeps prefixes that it computed with old weights: its cache could not be reset")
         self.engine.reset_mm_cache()
         self.engine.reset_encoder_cache()
 
@@ -312,6 +333,10 @@ def _response(output, prompt):
         raise UserError(f"row {prompt.row.id}: vLLM read {read} of {len(prompt.ids)} prompt tokens and finished by "
                         f"{drawn.finish_reason!r}")
     ids, logp = torch.tensor(drawn.token_ids, dtype=torch.int64), torch.tensor(drawn.logprobs.logprobs)
+    if not (logp <= 1e-3).all() or logp.isinf().any():
+        wrong = logp[~(logp <= 1e-3) | logp.isinf()][0]
+        raise UserError(f"row {prompt.row.id}: vLLM gave a log-prob that is not a number up to 0 ({wrong:.3g}): its "
+                        "weights are broken")
     return Response(ids, logp, drawn.finish_reason)
 
 

@@ -49,3 +49,11 @@ def sampling_fields(params):
         logprobs=0,  # of the sampled token alone
         detokenize=False,
     )
+
+
+def fp32_head(policy):
+    """Overrides of the model's config, so that an engine's logits are fp32 sums, as ours are.
+
+    Rounded to bf16 they would be off by 0.01 to 0.02 nats on average. A bf16 head on a CPU stays as it is.
+    """
+    return {} if policy.device.type == "cpu" and policy.dtype.itemsize < 4 else {"head_dtype": "float32"}

@@ -2,6 +2,8 @@
 
 import zlib
 
+import torch
+
 EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # engine's -> published
 
@@ -34,6 +36,12 @@ def read(model, target):
     unit = tensor.new_zeros(1, module.embedding_dim if target == HEAD else module.input_size_per_partition)
     column(target, unit).fill_(1)
     return module.cpu_linear(unit, tensor, None)[0]
+
+
+def digests(model):
+    """Name -> checksum of every buffer."""
+    bytes_of = {name: b.detach().cpu().contiguous().flatten().view(torch.uint8) for name, b in model.named_buffers()}
+    return {name: zlib.crc32(b.numpy()) for name, b in bytes_of.items()}
 
 
 def repack_tied_head(model):
