@@ -916,15 +916,16 @@ mishaps(
             DONE.pattern,
             0,
         ),
+        # What the trainer itself imports may then lie here: the user says so. What judges import may not.
         (
             "PYTHONPATH empty",
-            impostor("math_verify.py", "gmpy2.py", shell="$RUN", env={"PYTHONPATH": ":"}),
+            impostor("math_verify.py", shell="$RUN", env={"PYTHONPATH": ":"}),
             DONE.pattern,
             0,
         ),
         (
             "PYTHONPATH is here",
-            impostor("math_verify.py", "gmpy2.py", shell="$RUN", env={"PYTHONPATH": "."}),
+            impostor("math_verify.py", shell="$RUN", env={"PYTHONPATH": "."}),
             DONE.pattern,
             0,
         ),
