@@ -88,7 +88,7 @@ def test_imports_run_one_way():
         ("nanolmmr1.terminal", set()),
         ("nanolmmr1.metrics", {"nanolmmr1.config", "nanolmmr1.terminal"}),
         ("nanolmmr1.account", {"nanolmmr1.metrics", "nanolmmr1.objective"}),
-        ("nanolmmr1.weights", {"nanolmmr1.config", "nanolmmr1.model"}),
+        ("nanolmmr1.weights", {"nanolmmr1.config", "nanolmmr1.dist", "nanolmmr1.model"}),
         ("nanolmmr1.prompt", {"nanolmmr1.config", "nanolmmr1.data"}),
         ("nanolmmr1.answer_size", set()),
         ("nanolmmr1.reward", {"nanolmmr1.answer_size", "nanolmmr1.config", "nanolmmr1.judge"}),
