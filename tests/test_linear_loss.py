@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from compare import errors
 
-from nanolmmr1.kernels import _rows
+from nanolmmr1.kernels import _head, _rows
 from nanolmmr1.kernels import linear_logprob as logprob
 from nanolmmr1.kernels import linear_loss as kernel
 from nanolmmr1.objective import Tokens, policy_loss
@@ -584,6 +584,29 @@ def test_bf16_at_the_real_size(real_size):
         wanted = [t.cpu() for t in gold]
         limits = errors([t.cpu() for t in plain], wanted)
         assert all(a <= 2 * b + 1e-6 for a, b in zip(errors(ours, wanted), limits, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_chunk_makes_the_gradients_that_several_make(head_inputs, objective, impl, dtype):
+    """It has no running sum of dW: that is one product, in backward, where the upstream gradient is known."""
+    inputs = head_inputs(dtype=dtype)
+    found = []
+    for chunk_tokens in (0, 5):
+        x, w = (t.detach().clone().requires_grad_() for t in inputs[:2])
+        loss = kernel.linear_loss(x, w, inputs[2], objective, chunk_tokens=chunk_tokens, impl=impl)[0]
+        (loss / 3).backward()
+        found.append((x.grad.double(), w.grad.double()))
+    limit = 1e-6 if dtype == torch.float32 else 2e-3
+    assert all((a - b).norm() <= limit * b.norm() for a, b in zip(*found, strict=True))
+
+
+def test_the_host_waits_for_no_value_of_another_device():
+    """Meta tensors have none: to read one is an error."""
+    hidden, weight = torch.empty(5, 4, device="meta"), torch.empty(7, 4, device="meta")
+    target = torch.empty(5, dtype=torch.int64, device="meta")
+    _head.check_head(hidden, weight, target, 1.0, (2, 3))
+    assert _head.banned_ids((2, 3), target.device) is _head.banned_ids((2, 3), target.device)  # copied there once
 
 
 @pytest.mark.gpu

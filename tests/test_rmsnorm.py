@@ -69,6 +69,17 @@ def test_kernel_errs_at_most_twice_as_much_as_torch(shape, mix, device):
     assert_within_twice(ours, reference, gold)
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_y_is_rounded_to_the_dtype_asked_for_and_gradients_to_their_inputs(mix, impl, device):
+    """As a cast behind the op would, without the pass over memory that it takes."""
+    tensors = make((5, 36), mix)
+    ours = run(call(impl=impl, dtype=torch.float16), tensors, device)
+    cast = run(lambda *x: tuple(y.half() if i == 0 else y for i, y in enumerate(call(impl=impl)(*x))), tensors, device)
+    assert ours[0].dtype == torch.float16
+    assert [x.dtype for x in ours] == [x.dtype for x in cast] and all(map(torch.equal, ours, cast))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_is_written_past_the_end(shape, device, monkeypatch):
     tensors = make(shape, "fp32 stream")
