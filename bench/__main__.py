@@ -1,12 +1,15 @@
-"""All benches: python -m bench [--json FILE] [--plot DIR] [--only NAME]
+"""All benches, or some: python -m bench [OP ...] [--json FILE] [--plot DIR] [--only NAME]
 
 On a GPU prefer one process per op, since a kernel that breaks the CUDA context takes its process with it:
 
     for op in linear_loss linear_logprob attention mrope rmsnorm swiglu rollout; do
         python -m bench.$op
     done
+
+or what waits for a GPU in one call, python -m bench.gpu.
 """
 
+import itertools
 import sys
 
 from bench import attention, linear_logprob, linear_loss, mrope, rmsnorm, swiglu
@@ -21,12 +24,27 @@ OPS = {
     "swiglu": swiglu.cases,
 }
 
-if __name__ == "__main__":
-    only = arguments(None).only
-    status = 0 if only == ["rollout"] else main(OPS)
-    if not only or only == ["rollout"]:
+
+def run(argv):
+    """Exit status of the ops that `argv` begins with, of all where it names none."""
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if unknown := [name for name in named if name not in (*OPS, "rollout")]:
+        raise ValueError(f"no bench is named {', '.join(unknown)}: there are {', '.join((*OPS, 'rollout'))}")
+    options = argv[len(named) :]
+    only = arguments(options).only
+    named = named or (["rollout"] if only == ["rollout"] else list(OPS) + ["rollout"] * (not only))
+    ops = {name: OPS[name] for name in named if name != "rollout"}
+    status = main(ops, options) if ops else 0
+    if "rollout" in named:
         from bench import rollout  # the only one that needs the trainer's packages
 
         print("\nrollout", flush=True)
         rollout.main()
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except ValueError as wrong:
+        sys.exit(f"error: {wrong}")

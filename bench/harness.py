@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -109,7 +110,8 @@ def arguments(argv):
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows here, after every case")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw rooflines and times over size")
     parser.add_argument(
-        "--only", default=[], action="append", metavar="NAME", help="only what has this in `op: case: provider`")
+        "--only", default=[], action="append", metavar="NAME",
+        help="only what has this, as it stands or as a regular expression, in `op: case: provider`")
     parser.add_argument("--hot", action="store_true", help="leave the L2 cache as the last run left it")
     parser.add_argument("--seconds", type=float, default=0.25, help="timed per provider and case (default 0.25)")
     return parser.parse_args(argv)
@@ -129,9 +131,18 @@ def chosen(op, case, only):
     """The providers that every `--only` leaves."""
 
     def wanted(name):
-        return all(part.lower() in f"{op}: {case.name}: {name}".lower() for part in only)
+        name = f"{op}: {case.name}: {name}"
+        return all(part.lower() in name.lower() or matches(part, name) for part in only)
 
     return {name: provider for name, provider in case.providers.items() if wanted(name)}
+
+
+def matches(part, name):
+    """Whether a part of the name fits the regular expression; text that is none fits only as it stands."""
+    try:
+        return bool(re.search(part, name, re.IGNORECASE))
+    except re.error:
+        return False
 
 
 def measure(op, case, device, options):

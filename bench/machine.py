@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200: measured, a large matrix product on random data and a large
-# copy. The H100 SXM has the same arithmetic. Data-sheet values, not measured: the H100's bandwidth and all of the
-# A100. PCIe parts are other chips.
+# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200, H100: measured, a large matrix product on random data (on an
+# H100 798 TFLOP/s, on an H200 769 to 798) and a large copy, as probe.py makes them. A100: its data sheet. PCIe parts
+# are other chips.
 PEAKS = {
     "NVIDIA H200": (790e12, 4.3e12),
-    "NVIDIA H100 80GB HBM3": (790e12, 3.35e12),
+    "NVIDIA H100 80GB HBM3": (790e12, 3.0e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
 }
 

@@ -1,4 +1,7 @@
-"""silu(gate) * up of the MLP: python -m bench.swiglu [--json FILE] [--plot DIR] [--only NAME]"""
+"""silu(gate) * up of the MLP: python -m bench.swiglu [--json FILE] [--plot DIR] [--only NAME]
+
+Next: probe.py.
+"""
 
 import sys
 
