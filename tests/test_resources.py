@@ -18,12 +18,15 @@ MATMULS = "logprob_partials", "forward_kernel", "dq_kernel", "dkv_kernel"  # the
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    """Rows of `python -m bench.resources`, by Triton version and chip; all six run at once, and print their tables."""
+    """Rows of `python -m bench.resources`, by Triton version and chip; all run at once, and print their tables.
+
+    The older Triton compiles for sm_90 alone, the chip that is measured: all six took three minutes of two cores.
+    """
     running = {}
     for version, path in TRITONS.items():
         if path is not None and not path.is_dir():
             continue
-        for chip in CHIPS:
+        for chip in (90,) if path else CHIPS:
             folder = tmp_path_factory.mktemp(f"{version}-{chip}")
             environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
             environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [path, ROOT])))
@@ -42,7 +45,7 @@ def test_every_op_compiles_for_every_chip(survey, capsys):
     for key, table in survey.items():
         assert {row["op"] for row in table} == wanted, key
     with capsys.disabled():
-        if ("3.6.0", 80) not in survey:
+        if ("3.6.0", 90) not in survey:
             print(f"\nno folder {TRITONS['3.6.0']}: compiled with one Triton only (`make test` unpacks the other)")
         for (version, chip), table in survey.items():
             print(f"\ntriton {version}, sm_{chip}: {len(table)} compiled\n{resources.HEADER}")
