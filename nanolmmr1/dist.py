@@ -203,19 +203,24 @@ def on_main(work):
 
 
 def together(work):
-    """Every rank's own `work()`; where one has a UserError, all of them raise the first, and none waits for another.
+    """Every rank's own `work()`; where one has a UserError, or no memory, all raise the first, and none waits for
+    another.
 
     Raises:
-        SharedError: of a single process it is the UserError itself.
+        SharedError: of a single process it is a UserError.
     """
-    if size() == 1:
-        return work()
-    done, error = None, ""
+    done, error = None, None
     try:
         done = work()
     except UserError as caught:
-        error = str(caught)
-    share_error(error)
+        error = caught
+    except torch.OutOfMemoryError as caught:
+        error = UserError(str(caught).strip().partition("\n")[0])
+        error.__cause__ = caught
+    if size() > 1:
+        share_error(str(error or ""))
+    elif error:
+        raise error
     return done
 
 

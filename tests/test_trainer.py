@@ -311,6 +311,18 @@ def test_a_step_is_given_up_before_its_first_update_and_not_after_it(tmp_path):
     assert len(applied) == 2 and record["pack/micro_batches"] > 3 and trainer.progress.step == 1
 
 
+def test_no_memory_for_a_hand_over_ends_the_run_after_the_step_that_was_taken(tmp_path):
+    trainer = small_trainer(tmp_path)
+
+    def full(weights):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation")
+
+    trainer.sampler.update = full
+    with pytest.raises(UserError, match="^CUDA out of memory. Tried to allocate 9 GiB.$"):
+        trainer.step()
+    assert trainer.progress.step == 1 and trainer.sound and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
 @pytest.mark.parametrize("limit, ends", [(None, True), (0.6, False), (0.4, True), (0.0, False)])
 def test_a_sampler_that_samples_from_other_weights_ends_the_run(tmp_path, limit, ends):
     """Its log-probs are off by 0.5 nats, on prompts with images alone."""
