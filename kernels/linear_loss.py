@@ -220,7 +220,7 @@ class _LinearLoss(torch.autograd.Function):
             if summed:
                 _accumulate(grad_weight, dz, x, first=rows.start == 0)
             z = None
-        ctx.grads = (grad_hidden, grad_weight, (dz, hidden) if need_weight and not summed else None)
+        ctx.grads = (grad_hidden, grad_weight, (dz, hidden.detach()) if need_weight and not summed else None)
         ctx.mark_non_differentiable(logp, entropy)
         return losses.sum(), logp, entropy
 

@@ -85,14 +85,14 @@ class Plan:
         self.count = memory.parameters(model, tuple(PARTS.get(part, part) for part in phase.freeze))
         self.prompts = -(-phase.prompts_per_step // where.ranks)  # that this rank samples
         self.vision = bool(self.count.trained_vision)
-        offload, self.sharded = cfg.dist.offload, where.ranks > 1 or cfg.dist.offload  # by FSDP
+        offload, away = cfg.dist.offload, cfg.dist.offload or cfg.dist.offload_reference
+        self.sharded = where.ranks > 1 or away  # by FSDP
         bytes_, shards, n = self.kind.master, where.shards, self.count
         self.weights, self.gradients = n.total * bytes_ / shards, n.trained * bytes_ / shards
         self.optimiser = 2 * self.gradients  # both moments, in the weights' precision
         # Of micro-batches: HSDP keeps their sum in fp32 until it crosses hosts, but where it is offloaded.
         self.waiting = n.trained * 4 / shards if cfg.dist.shard == "host" and self.sharded else self.gradients
         self.reference = self.weights if phase.objective.kl_coef else 0
-        away = offload or cfg.dist.offload_reference
         self.host = (self.weights + self.gradients + self.optimiser) * offload + self.reference * away
         if offload:
             self.weights = self.gradients = self.waiting = self.optimiser = 0

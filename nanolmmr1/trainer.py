@@ -344,7 +344,7 @@ class Trainer:
 def mismatch_limit(rollout, phase, dtype):
     """Nats; 0: none, as where the sampler draws from another distribution on purpose.
 
-    bf16 alone makes a mean of 0.01 to 0.03; a head in bf16 where ours is fp32, or wrong positions, ten times as much.
+    Rounding to bf16 makes a mean of 0.01 to 0.03; other weights, or wrong positions, tenths and more.
     """
     if rollout.max_mismatch is not None:
         return rollout.max_mismatch
