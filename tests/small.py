@@ -34,12 +34,12 @@ def small_model(seed=0):
     return model
 
 
-def small_recipe(phase=None, objective=None, optim=None, pack=None):
+def small_recipe(phase=None, objective=None, optim=None, pack=None, rollout=None):
     """One phase, `train`, with the given values changed."""
     values = dict(data="rows", prompts_per_step=4, group_size=4, max_response_tokens=8, lr=1e-3, steps=50)
     phase = Phase(**values | (phase or {}), objective=Objective(**objective or {}))
     cfg = Recipe(model="model", phases={"train": phase})
-    for part, changes in ((cfg.optim, optim), (cfg.pack, pack)):
+    for part, changes in ((cfg.optim, optim), (cfg.pack, pack), (cfg.rollout, rollout)):
         for key, value in (changes or {}).items():
             setattr(part, key, value)
     resolve(cfg)

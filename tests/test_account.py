@@ -92,6 +92,7 @@ class Pictures(SmallProcessor):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_step_compares_with_the_policy_before_its_first_update(tmp_path, updates):
     trainer = small_trainer(tmp_path, phase={"lr": 0.02, "prompts_per_step": 8, "updates_per_rollout": updates},
+                            rollout={"max_mismatch": 0.0},
                             pack={"tokens_per_micro_batch": 60})
     trainer.processor, generate = Pictures(), trainer.sampler.generate
 
