@@ -130,7 +130,7 @@ def attention(causal, shared, image):
 
 def step():
     shared, swiglu, recompute, repeated = (f"step: {mode}: policy" for mode in MODES)
-    yield Question("update, shared prompt against repeated", (shared, repeated), times_as_fast(2))
+    yield Question("update, shared prompt against repeated", (shared, repeated), times_as_fast(3.5))
     yield Question("update, share of the chip's products", (shared,), at_least(50, "%"), "mfu_percent")
     modes = winner("kept", "SwiGLU's product recomputed", "all recomputed")
     yield Question("update, what recomputation costs", (shared, swiglu, recompute), modes)
