@@ -8,6 +8,7 @@ intermediates too, and for attention its padded copies. Small things (row indice
 Next: plan.py, which adds it all up.
 """
 
+import bisect
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -210,7 +211,9 @@ def to_recompute(cfg, tokens, patches, budget, kind, vision=True):
     """
     load, most = Load(tokens, 0, patches), cfg.num_hidden_layers + (cfg.vision.depth if vision and patches else 0)
     choices = [(n, 0) for n in range(most)] + [(most, n) for n in range(most + 1)]
-    return next((choice for choice in choices if sum(kept(cfg, load, kind, *choice, vision)) <= budget), choices[-1])
+    # Each choice keeps less than the one before.
+    first = bisect.bisect_left(choices, -budget, key=lambda choice: -sum(kept(cfg, load, kind, *choice, vision)))
+    return choices[min(first, len(choices) - 1)]
 
 
 def local_sampling(cfg, kind, prompts, prompt, response, group_size, patches):

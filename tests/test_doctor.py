@@ -406,6 +406,7 @@ dist.leave(doctor.main([]))
 
 
 @on_cpu
+@pytest.mark.skipif(bool(find_spec("vllm")), reason="no engine is in it: once is enough, without vLLM")
 def test_a_fault_of_one_rank_is_shown_and_its_end_is_no_hang(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     process = torchrun("two.py", cwd=tmp_path)
