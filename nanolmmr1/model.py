@@ -64,6 +64,12 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+def product_dtype(x):
+    """What autocast rounds a matrix product's operands to where x lies; None: it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -72,10 +78,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, residual=None, dtype=None):
         """Normed x; given a residual, normed x + residual, and that sum. dtype: of y; None: what products read."""
-        if dtype is None and torch.is_autocast_enabled(x.device.type):
-            # Once here; else each projection that reads y would cast it anew and keep a copy of its own.
-            dtype = torch.get_autocast_dtype(x.device.type)
-        return rmsnorm(x, self.weight, self.eps, residual=residual, dtype=dtype)
+        # Rounded once here; else each projection that reads y would cast it anew and keep a copy of its own.
+        return rmsnorm(x, self.weight, self.eps, residual=residual, dtype=dtype or product_dtype(x))
 
 
 class MLP(nn.Module):
@@ -117,9 +121,8 @@ class MLP(nn.Module):
 
 
 def _rounded(weight):
-    """In autocast's dtype where it is on, which would else round a copy that is already padded."""
-    device = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+    """As autocast would round it; before it is padded, since rounding the wider copy takes one copy more."""
+    return weight.to(product_dtype(weight) or weight.dtype)
 
 
 class LanguageAttention(nn.Module):

@@ -74,7 +74,7 @@ def scored(hidden, pack):
     """
     first = hidden.index_select(0, pack.last)  # (B, H)
     copies = first[:, None].expand(-1, pack.fanout, -1).flatten(0, 1)  # (B * fanout, H)
-    return torch.cat([hidden, copies]).index_select(0, pack.picks)
+    return torch.cat([copies, hidden]).index_select(0, pack.picks)
 
 
 def concat_prompts(prompts):
@@ -211,8 +211,10 @@ def build(pieces, patch_dim=0):
     Args:
         patch_dim: width of a patch, where the micro-step `has_images`; 0: it has none.
     """
-    table, ids, positions, slots, lasts, picks, copies, target, where, end = [], [], [], [], [], [], [], [], [], 0
+    table, ids, positions, slots, lasts, picks, target, where, end = [], [], [], [], [], [], [], [], 0
     parts = [(piece.group.prompt, piece.responses, piece.starts) for piece in pieces] or [(_idle_prompt(), [], [])]
+    fanout = max(len(responses) for _, responses, _ in parts)
+    copies = len(parts) * fanout  # rows that `scored` puts before the hidden states
     for prompt, responses, starts in parts:
         p0, end = end, end + len(prompt.ids)
         table.append([p0, end, p0, end, 0, 0, 1])
@@ -229,17 +231,14 @@ def build(pieces, patch_dim=0):
             table.append([r0, end, r0, end, p0, last + 1, 1])
             ids.append(response.ids[:-1])
             positions.append((prompt.next_position + torch.arange(length - 1)).expand(3, -1))
-            copies.append((sum(map(len, target)), len(lasts) - 1, g))
-            picks.append(torch.cat([torch.tensor([last]), torch.arange(r0, end)]))
+            copy = (len(lasts) - 1) * fanout + g  # of this prompt's last row, for this response alone
+            picks.append(torch.cat([torch.tensor([copy]), copies + torch.arange(r0, end)]))
             target.append(response.ids)
             where.append(torch.arange(start, start + length))
     patches, grid = torch.cat([p.patches for p, _, _ in parts]), torch.cat([p.grid for p, _, _ in parts])
     if patch_dim and not len(grid):
         patches, grid = torch.zeros(4, patch_dim), torch.tensor([[1, 2, 2]])
     empty = [torch.zeros(0, dtype=torch.int64)]
-    fanout, picks = max(len(responses) for _, responses, _ in parts), torch.cat(picks or empty)  # (N,)
-    for n, prompt, g in copies:  # no row is picked twice
-        picks[n] = end + prompt * fanout + g
     return Pack(
         ids=torch.cat(ids),
         positions=torch.cat(positions, 1),
@@ -249,7 +248,7 @@ def build(pieces, patch_dim=0):
         spans=Spans(torch.tensor(table), end),
         last=torch.tensor(lasts),
         fanout=fanout,
-        picks=picks,
+        picks=torch.cat(picks or empty),
         target=torch.cat(target or empty),
         where=torch.cat(where or empty),
         num_scored=sum(len(t) for t in target),

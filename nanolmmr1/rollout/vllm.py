@@ -24,7 +24,7 @@ import torch
 
 from nanolmmr1.config import UserError
 from nanolmmr1.rollout import Group, Response
-from nanolmmr1.rollout.vllm_input import batch_tokens, fp32_head, images_of, sampling_fields
+from nanolmmr1.rollout.vllm_input import batch_tokens, check_logps, fp32_head, images_of, sampling_fields
 from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, digests, engine_tensor, read, repack_tied_head
 from nanolmmr1.watch import Preempted
 from nanolmmr1.weights import published
@@ -333,10 +333,7 @@ def _response(output, prompt):
         raise UserError(f"row {prompt.row.id}: vLLM read {read} of {len(prompt.ids)} prompt tokens and finished by "
                         f"{drawn.finish_reason!r}")
     ids, logp = torch.tensor(drawn.token_ids, dtype=torch.int64), torch.tensor(drawn.logprobs.logprobs)
-    if not (logp <= 1e-3).all() or logp.isinf().any():
-        wrong = logp[~(logp <= 1e-3) | logp.isinf()][0]
-        raise UserError(f"row {prompt.row.id}: vLLM gave a log-prob that is not a number up to 0 ({wrong:.3g}): its "
-                        "weights are broken")
+    check_logps(f"row {prompt.row.id}: vLLM", drawn.logprobs.logprobs)
     return Response(ids, logp, drawn.finish_reason)
 
 

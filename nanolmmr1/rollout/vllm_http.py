@@ -22,7 +22,7 @@ import torch
 
 from nanolmmr1.config import UserError, without_credentials
 from nanolmmr1.rollout import Response
-from nanolmmr1.rollout.vllm_input import images_of, sampling_fields
+from nanolmmr1.rollout.vllm_input import check_logps, images_of, sampling_fields
 from nanolmmr1.terminal import printable
 
 CONNECT_S = 10
@@ -298,8 +298,7 @@ def responses(answer, prompt, params, server, vocabulary=1 << 31):
             raise UserError(f"{row} gave {len(ids)} tokens with {len(logps)} log-probs, of at most {params.max_tokens}")
         if wrong := next((i for i in ids if not 0 <= i < vocabulary or i in params.banned_ids), None):
             raise UserError(f"{row} gave token {str(wrong)[:20]}, which is banned or none of the model's")
-        if wrong := next((x for x in logps if not NOT_A_NUMBER < x <= 1e-3), None):
-            raise UserError(f"{row} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
+        check_logps(row, logps, NOT_A_NUMBER)
         made.append(Response(torch.tensor(ids, dtype=torch.int64), torch.tensor(logps), finish))
     return made * (params.num_responses // len(made)), max(versions)
 

@@ -3,6 +3,8 @@
 Next: vllm.py, the engine in this process; vllm_http.py, one server.
 """
 
+import math
+
 from nanolmmr1.config import UserError
 
 
@@ -49,6 +51,17 @@ def sampling_fields(params):
         logprobs=0,  # of the sampled token alone
         detokenize=False,
     )
+
+
+def check_logps(who, logps, lowest=-math.inf):
+    """Refuse log-probs that are none: they have to be above `lowest`, and at most 0 but for rounding.
+
+    Raises:
+        UserError: the first one that is not.
+    """
+    wrong = next((x for x in logps if not lowest < x <= 1e-3), None)
+    if wrong is not None:
+        raise UserError(f"{who} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
 
 
 def fp32_head(policy):
