@@ -28,7 +28,7 @@ import traceback
 from pathlib import Path
 
 from nanolmmr1 import config
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import UserError
 from nanolmmr1.terminal import printable, protect
 
 
@@ -42,10 +42,11 @@ def main(args):
     if len(recipes) > 1 or any(r.startswith("-") for r in recipes):
         raise UserError(f"arguments are [RECIPE] [dotted.key=value ...] [--plan]; got {' '.join(recipes)!r}")
     cfg = config.load(*recipes, overrides=[a for a, override in zip(args, is_override, strict=True) if override])
-    from nanolmmr1 import dist, run_folder, setup  # torch and its friends: not before the recipe is known to be good
+    from nanolmmr1.parallel import dist
+    from nanolmmr1.run import run_folder, setup  # torch and its friends: not before the recipe is known to be good
 
     if planning:
-        from nanolmmr1 import plan
+        from nanolmmr1.run import plan
 
         return plan.show(cfg)
     device = setup.choose_device(cfg)
@@ -57,16 +58,21 @@ def main(args):
 
 
 def train(cfg, device):
-    from nanolmmr1 import dist, metrics, plan, run_folder, setup, weights
-    from nanolmmr1.checkpoint import Checkpoints
-    from nanolmmr1.prompt import Processor
-    from nanolmmr1.report import try_report
-    from nanolmmr1.reward import Judge
-    from nanolmmr1.watch import Preempted, Watch, status_of
+    from nanolmmr1 import errors
+    from nanolmmr1.data.prompt import Processor
+    from nanolmmr1.errors import Preempted
+    from nanolmmr1.model import weights
+    from nanolmmr1.parallel import dist
+    from nanolmmr1.parallel.signals import Watch, status_of
+    from nanolmmr1.report import display
+    from nanolmmr1.report.page import try_report
+    from nanolmmr1.reward.judge import Judge
+    from nanolmmr1.run import plan, run_folder, setup
+    from nanolmmr1.run.checkpoint import Checkpoints
 
     run, began = Path(cfg.output), time.monotonic()
     recipe = config.dump(cfg)
-    display = metrics.Display({name: phase.steps for name, phase in cfg.phases.items()}, quiet=not dist.is_main())
+    display = display.Display({name: phase.steps for name, phase in cfg.phases.items()}, quiet=not dist.is_main())
 
     with Judge(cfg.reward) as judge, Watch(run, cfg.dist.hang_s, cfg.dist.timeout_s) as watch:
         watch.begun = False  # nothing to save yet: a signal ends the process
@@ -98,7 +104,7 @@ def train(cfg, device):
         before = progress.wall_s
 
         def measure(moment):
-            from nanolmmr1.evaluate import evaluate
+            from nanolmmr1.run.evaluate import evaluate
 
             with watch.stage("evaluate", progress.step):
                 progress.accuracy[moment] = evaluate(
@@ -151,7 +157,7 @@ def train(cfg, device):
                 pool = trainer.sampler.pool_bytes
             except (UserError, Preempted) as stop:
                 # A rank that has come to this alone says so, and torchrun ends the others.
-                together = dist.size() == 1 or isinstance(stop, (dist.SharedError, Preempted))
+                together = dist.size() == 1 or isinstance(stop, (errors.SharedError, Preempted))
                 if together and progress.step and trainer.sound:
                     save()
                 checkpoints.wait()  # for what is being written, in any case
@@ -163,7 +169,7 @@ def train(cfg, device):
                 )
                 sys.exit(status_of(number))
         if tasks and dist.is_main():
-            metrics.print_accuracy(progress.accuracy)
+            display.print_accuracy(progress.accuracy)
         if dist.is_main():
             display.note(plan.compare(planned, device, pool))
         display.note(f"{progress.step} steps. Model: {run / 'model'}  Report: {run / 'report.html'}")
@@ -182,20 +188,23 @@ def score_of(progress, moment):
 
 def finish(cfg, run, progress, policy, folder, wall_s, note):
     """Write what a run leaves behind: model/, summary.json, report.html."""
-    from nanolmmr1 import checkpoint, dist, metrics, weights
-    from nanolmmr1.report import try_report
+    from nanolmmr1 import files
+    from nanolmmr1.parallel import dist, export
+    from nanolmmr1.report import usage
+    from nanolmmr1.report.page import try_report
+    from nanolmmr1.run import checkpoint
 
-    checkpoint.write_folder(run / "model", lambda path: weights.save(policy.model, path, folder, policy.dtype))
+    checkpoint.write_folder(run / "model", lambda path: export.save(policy.model, path, folder, policy.dtype))
     if not dist.is_main():
         return
     summary = {
         "accuracy": progress.accuracy,
         "wall_s": wall_s,
-        "peak_rss_mb": metrics.peak_rss_mb(),
+        "peak_rss_mb": usage.peak_rss_mb(),
         "steps": progress.step,
     }
     try:
-        metrics.write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        files.write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:
         note(f"{run / 'summary.json'} cannot be written ({error}); started again, the run tries once more")
     try_report(run, note)
@@ -226,7 +235,7 @@ def run(args):
         print(f"error: the disk is full ({error}): free some space and start again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # see Watch; without a number it is Ctrl-C before there was one
-        from nanolmmr1.watch import status_of
+        from nanolmmr1.parallel.signals import status_of
 
         number = signal.Signals(*stop.args or (signal.SIGINT,))
         if rank == "0":
@@ -239,9 +248,10 @@ def run(args):
 
 def is_own(error):
     """Whether rank 0 does not tell of this error."""
-    from nanolmmr1 import dist
+    from nanolmmr1 import errors
+    from nanolmmr1.parallel import dist
 
-    return not isinstance(error, dist.SharedError) and (dist.launch is not None or dist.is_host_main())
+    return not isinstance(error, errors.SharedError) and (dist.launch is not None or dist.is_host_main())
 
 
 if __name__ == "__main__":
@@ -255,6 +265,6 @@ if __name__ == "__main__":
     except Exception:  # as the interpreter would, which dist.leave bypasses
         traceback.print_exc()
         status = 1
-    from nanolmmr1 import dist
+    from nanolmmr1.parallel import dist
 
     dist.leave(status)

@@ -94,7 +94,7 @@ def unpack(folder, scratch, new_assembler=False):
 
 def give_world(run, world):
     """Make a run folder whose world is another folder, if that is there; else the run makes its own."""
-    from nanolmmr1.run_folder import claim
+    from nanolmmr1.run.run_folder import claim
 
     claim(run)
     if world.exists():
@@ -105,7 +105,7 @@ def whole_world(world):
     """The desk recipe's world; its cold start takes about two minutes on two cores."""
     from nanolmmr1 import schema
     from nanolmmr1.desk import build
-    from nanolmmr1.metrics import Display
+    from nanolmmr1.report.display import Display
 
     world.mkdir(parents=True)
     build(world, schema.Recipe().seed, Display({}))
@@ -115,9 +115,10 @@ def tiny_world(world, rows=4):
     """Files of the same names, of a few rows and a model that was taught nothing."""
     from PIL import Image
 
-    from nanolmmr1 import weights
     from nanolmmr1.desk import cold_start
-    from nanolmmr1.model import Qwen25VL
+    from nanolmmr1.model import weights
+    from nanolmmr1.model.qwen import Qwen25VL
+    from nanolmmr1.parallel import export
 
     (world / "model").mkdir(parents=True)
     Image.new("RGB", (56, 28)).save(world / "two.png")
@@ -127,4 +128,4 @@ def tiny_world(world, rows=4):
     for name, own in made.items():
         (world / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     cold_start.write_settings(world / "model", made)
-    weights.save(Qwen25VL(weights.read_config(world / "model")), world / "model", world / "model")
+    export.save(Qwen25VL(weights.read_config(world / "model")), world / "model", world / "model")

@@ -21,9 +21,9 @@ from bench import providers
 from bench.harness import Case, Provider, main
 from bench.modes import wider
 from nanolmmr1.kernels import linear_logprob, linear_loss
-from nanolmmr1.objective import Tokens, policy_loss
-from nanolmmr1.policy import fused_objective
 from nanolmmr1.schema import Objective
+from nanolmmr1.update.objective import Tokens, policy_loss
+from nanolmmr1.update.policy import fused_objective
 
 # (name, tokens, hidden size, vocabulary) of Qwen2.5-VL-3B; a CPU gets an eighth of one or the other size.
 SHAPES = {

@@ -15,15 +15,15 @@ import time
 
 import torch
 
-from nanolmmr1 import weights
-from nanolmmr1.data import Row
-from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.data.rows import Row
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
 from nanolmmr1.schema import Phase, Recipe
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy
 
 PROMPTS, GROUP, PROMPT_TOKENS, TOKENS, RUNS = 4, 8, 64, 64, 3
 

@@ -23,14 +23,14 @@ from bench.harness import attempt, empty_cache, save
 from bench.machine import capacity, machine, peaks
 from bench.verdict import MODES
 from nanolmmr1.config import resolve
-from nanolmmr1.data import Row
-from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
-from nanolmmr1.objective import Tokens
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.data.rows import Row
+from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.schema import Phase, Recipe
+from nanolmmr1.update.objective import Tokens
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy
 
 SIZES = {  # option -> (value, tiny value, meaning)
     "group-size": (8, 2, "responses of the prompt"), "response": (400, 6, "tokens of a response"),

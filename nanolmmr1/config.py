@@ -19,15 +19,12 @@ from pathlib import Path
 
 import yaml
 
+from nanolmmr1.errors import UserError
 from nanolmmr1.schema import ALGORITHMS, ALIASES, CHOICES, GRPO, MOST, MOST_TOKENS, POSITIVE, Phase, Recipe
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 MAX_BYTES = 4 << 20  # of a recipe file
 MAX_NODES = 100_000  # values of a recipe, aliases (`*name`) written out: a few lines of them can mean billions
-
-
-class UserError(ValueError):
-    """Something wrong in recipe, data or model: the message names the value and the cure."""
 
 
 def load(recipe="desk", overrides=()):

@@ -31,18 +31,21 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch.distributed.tensor import DTensor
 
-from nanolmmr1 import config, dist, setup, weights
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row
+from nanolmmr1 import config
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row
 from nanolmmr1.desk import cold_start
+from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.kernels.attention import Spans, attention
 from nanolmmr1.kernels.linear_loss import FusedObjective, linear_loss
-from nanolmmr1.model import Qwen25VL
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.prompt import Processor
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import Qwen25VL
+from nanolmmr1.parallel import dist, export
 from nanolmmr1.rollout import Group, SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.run import setup
 from nanolmmr1.terminal import printable, protect
+from nanolmmr1.update.pack import pack_groups
 
 EXTRAS = {"vllm": "vllm", "flash-attn": "flash", "liger-kernel": "bench"}  # optional package -> what brings it
 KERNEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest error, relative to the largest right value
@@ -93,7 +96,7 @@ class Report:
             result = f"skipped: {reason}"
         except Exception as error:  # whatever it is, this row says so and the others follow
             result = printable(f"failed: {told(error)}".partition("\n")[0])
-            if not (dist.is_main() or isinstance(error, dist.SharedError)):
+            if not (dist.is_main() or isinstance(error, SharedError)):
                 print(f"rank {dist.rank()}: {name} {result}", file=sys.stderr)  # now: the others may wait for long
         lost = None
         try:
@@ -235,7 +238,7 @@ def write_model(folder):
         for p in model.parameters():
             p.mul_(2 if p.ndim > 1 else 1)
         model.model.embed_tokens.weight.mul_(0.06)
-    weights.save(model, folder, folder)
+    export.save(model, folder, folder)
     return folder
 
 
@@ -364,8 +367,8 @@ class Patient:
     def hand_over(self):
         before = stacked(self.ask("vllm", self.prompts, 1, 0.0), "ids")
         shake(self.policy.model)
-        self.local.update(weights.published(self.policy.model))
-        each(lambda: self.vllm.update(weights.published(self.policy.model), verify=True))
+        self.local.update(export.published(self.policy.model))
+        each(lambda: self.vllm.update(export.published(self.policy.model), verify=True))
         alike = self.speak()
         after = stacked(self.ask("vllm", self.prompts, 1, 0.0), "ids")
         return f"{alike}, {int((before != after).sum())} new"

@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolmmr1.reward import Judge, final_answer, plain_accuracy  # noqa: E402
+from nanolmmr1.reward.judge import Judge
+from nanolmmr1.reward.rules import final_answer, plain_accuracy  # noqa: E402
 from nanolmmr1.schema import Reward  # noqa: E402
 
 N = 7919  # stands in each text for a number that makes it another one

@@ -931,7 +931,7 @@ mishaps(
         ),
         (
             "another checkout's root",
-            impostor("nanolmmr1/__init__.py", "nanolmmr1/judge.py", "math_verify.py", shell="$RUN"),
+            impostor("nanolmmr1/__init__.py", "nanolmmr1/reward/worker.py", "math_verify.py", shell="$RUN"),
             DONE.pattern,
             0,
         ),
@@ -1089,8 +1089,9 @@ class Runner:
         import torch
 
         torch.set_num_threads(1)
-        from nanolmmr1 import plan, report, run_folder, setup  # noqa: F401
+        from nanolmmr1.report import page  # noqa: F401
         from nanolmmr1.rollout import local, server  # noqa: F401
+        from nanolmmr1.run import plan, run_folder, setup  # noqa: F401
 
         self.model = tree(home / "model")
 

@@ -52,7 +52,7 @@ def run(count, function, *args, **options):
 
 
 def answer(function, args):
-    from nanolmmr1 import dist
+    from nanolmmr1.parallel import dist
 
     dist.start("cpu", 60, shard_alone=True)
     print(json.dumps(function(*json.loads(args))))

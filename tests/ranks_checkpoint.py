@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanolmmr1 import checkpoint, dist, manifest, run_folder, shard
-from nanolmmr1 import policy as policy_of_trainer
+from nanolmmr1.errors import SharedError
+from nanolmmr1.parallel import dist, fsdp
+from nanolmmr1.run import checkpoint, manifest, run_folder
 from nanolmmr1.schema import Checkpoint
+from nanolmmr1.update import policy as policy_of_trainer
 
 SHAPES = {"one": (1,), "three": (3, 5), "seven": (7,), "deep": (2, 3, 4), "rounded": (10, 3), "long": (1001, 4)}
 
@@ -183,7 +185,7 @@ def folders(run):
         try:
             with run_folder.locked(run / "file"):
                 pass
-        except dist.SharedError as error:
+        except SharedError as error:
             said.append(str(error))
     return said
 
@@ -192,7 +194,7 @@ def trained(run):
     """A checkpoint of the trainer's own policy, its model sharded as FSDP does it."""
     model = small_model()
     if dist.sharded():
-        shard.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
+        fsdp.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
     cfg = small_recipe()
     policy, own = policy_of_trainer.Policy(model, cfg, device="cpu"), checkpoints(run)
     policy.start_phase(cfg.phases["train"])
@@ -215,7 +217,7 @@ def load_other(run):
     progress, folder = own.newest(Progress)
     try:
         own.load(folder, policy)
-    except dist.SharedError as error:
+    except SharedError as error:
         return str(error)
 
 

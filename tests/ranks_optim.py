@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nanolmmr1 import dist
-from nanolmmr1.optim import StochasticAdamW
+from nanolmmr1.parallel import dist
+from nanolmmr1.update.optim import StochasticAdamW
 
 
 def run(mesh=None):

@@ -7,8 +7,10 @@ import torch
 from ranks_checkpoint import Awkward, names
 from torch.distributed.fsdp import fully_shard
 
-from nanolmmr1 import checkpoint, dist, shard, weights
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import SharedError, UserError
+from nanolmmr1.model import weights
+from nanolmmr1.parallel import dist, export, fsdp
+from nanolmmr1.run import checkpoint
 from nanolmmr1.schema import Dist
 
 AWKWARD = {"one": (1,), "three": (3, 5), "seven": (7,), "deep": (2, 3, 4), "rounded": (10, 3), "again": (6, 2),
@@ -26,18 +28,18 @@ def hand_over(over, bucket_bytes):
     model["last"], plain["last"] = Awkward({"end": (5, 2)}), Awkward({"end": (5, 2)})
     for part in ("block", "last"):
         fully_shard(model[part], mesh=dist.mesh("cpu", over, 60))
-    buckets, gather = [], weights._gather
+    buckets, gather = [], export._gather
 
     def recording(bucket, *args):
         buckets.append([name for name, _ in bucket])
         return gather(bucket, *args)
 
-    weights._gather, weights.BUCKET_BYTES = recording, bucket_bytes
+    export._gather, export.BUCKET_BYTES = recording, bucket_bytes
     stored = {name: p.detach() for name, p in plain.named_parameters()}
-    given = dict(weights.published(model))
+    given = dict(export.published(model))
     calls = buckets.copy()
-    half = dict(weights.published(model, torch.bfloat16))
-    weights._gather = gather
+    half = dict(export.published(model, torch.bfloat16))
+    export._gather = gather
     return [calls, list(given) == list(stored) and bits_equal(given, stored),
             bits_equal(half, {name: p.bfloat16() for name, p in stored.items()}),
             all(p.is_contiguous() for p in given.values())]
@@ -46,7 +48,7 @@ def hand_over(over, bucket_bytes):
 def folders(folder, out, over):
     """Load a folder sharded, write it from the shards: [equal, equal again, files that this rank wrote]."""
     whole = dict(weights.load(folder).named_parameters())
-    model = shard.load_sharded(folder, Dist(shard=over), "cpu", torch.float32)
+    model = fsdp.load_sharded(folder, Dist(shard=over), "cpu", torch.float32)
     first = all(torch.equal(p.full_tensor(), whole[name]) for name, p in model.named_parameters())
     wrote, save_file = [], weights.save_file
 
@@ -54,8 +56,8 @@ def folders(folder, out, over):
         wrote.append(path.name)
         save_file(tensors, path, metadata)
 
-    weights.save_file, weights.SHARD_BYTES = recording, 200_000
-    checkpoint.write_folder(out / over, lambda path: weights.save(model, path, folder, torch.bfloat16))
+    weights.save_file, export.SHARD_BYTES = recording, 200_000
+    checkpoint.write_folder(out / over, lambda path: export.save(model, path, folder, torch.bfloat16))
     weights.save_file = save_file
     again = dict(weights.load(out / over).named_parameters())
     return [first, bits_equal(again, {name: p.detach().bfloat16().float() for name, p in whole.items()}), wrote]
@@ -63,7 +65,7 @@ def folders(folder, out, over):
 
 def full_disk(folder, out):
     """The disk of one rank is full: what each rank says, and what is left."""
-    model = shard.load_sharded(folder, Dist(), "cpu", torch.float32)
+    model = fsdp.load_sharded(folder, Dist(), "cpu", torch.float32)
     save_file = weights.save_file
 
     def failing(tensors, path, metadata):
@@ -73,7 +75,7 @@ def full_disk(folder, out):
 
     weights.save_file = failing
     try:
-        checkpoint.write_folder(out / "full", lambda path: weights.save(model, path, folder))
+        checkpoint.write_folder(out / "full", lambda path: export.save(model, path, folder))
     except checkpoint.DiskError as error:
         said = str(error)
     weights.save_file = save_file
@@ -85,7 +87,7 @@ def full_memory():
     """One rank has no memory left amid a hand-over: what each says, how far it came, and what they do next."""
     model, took = torch.nn.ModuleDict({"block": Awkward(AWKWARD)}), []
     fully_shard(model["block"], mesh=dist.mesh("cpu", "all", 60))
-    zeros, calls, weights.BUCKET_BYTES = torch.zeros, [], 1
+    zeros, calls, export.BUCKET_BYTES = torch.zeros, [], 1
 
     def failing(*args, **options):
         calls.append(args)
@@ -94,23 +96,23 @@ def full_memory():
         return zeros(*args, **options)
 
     def take():
-        for name, _ in weights.published(model):
+        for name, _ in export.published(model):
             took.append(name)
 
     torch.zeros = lambda *args, **options: (
         failing if "device" in options else zeros)(*args, **options)
     try:
         dist.together(take)
-    except dist.SharedError as error:
+    except SharedError as error:
         said = str(error)
     torch.zeros = zeros
-    return [said, len(took), len(set(weights.published(model)))]
+    return [said, len(took), len(set(export.published(model)))]
 
 
 def damaged(folder):
     """A sharded model is as strict as a whole one."""
     try:
-        shard.load_sharded(folder, Dist(), "cpu", torch.float32)
+        fsdp.load_sharded(folder, Dist(), "cpu", torch.float32)
     except UserError as error:
         return str(error)
 

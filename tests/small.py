@@ -4,17 +4,18 @@ import contextlib
 
 import torch
 
-from nanolmmr1 import dist, shard
 from nanolmmr1.config import resolve
-from nanolmmr1.data import Row
-from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
-from nanolmmr1.model import ModelConfig, Qwen25VL, VisionConfig
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import Preempted
+from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
+from nanolmmr1.parallel import dist, fsdp
+from nanolmmr1.report.display import Display
+from nanolmmr1.report.logs import MetricsLog, SampleLog, read_lines
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.run.trainer import Trainer
 from nanolmmr1.schema import Objective, Phase, Recipe
-from nanolmmr1.trainer import Trainer
-from nanolmmr1.watch import Preempted
+from nanolmmr1.update.policy import Policy
 
 VOCABULARY, STOP, BANNED = 48, 2, (0, 1)
 
@@ -116,7 +117,7 @@ def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None
     model = small_model(seed)
     if dist.sharded():
         for own in filter(None, (model, reference)):
-            shard.shard(own, dist.mesh("cpu", over, 60), torch.float32)
+            fsdp.shard(own, dist.mesh("cpu", over, 60), torch.float32)
     policy = Policy(model, cfg, BANNED)
     display = Display({"train": cfg.phases["train"].steps}, quiet=True)
     if notes is not None:

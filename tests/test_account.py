@@ -7,12 +7,12 @@ import pytest
 import torch
 from small import SmallProcessor, small_trainer
 
-from nanolmmr1.account import mismatch
-from nanolmmr1.data import Row
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.data.rows import Row
+from nanolmmr1.report.record import mismatch
 from nanolmmr1.rollout import Group, Response
+from nanolmmr1.run.trainer import Rollout
 from nanolmmr1.schema import Objective
-from nanolmmr1.trainer import Rollout
 
 PATCHES, GRID = torch.linspace(-1, 1, 4 * 1176).view(4, 1176), torch.tensor([[1, 2, 2]])  # one image, one token
 

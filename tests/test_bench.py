@@ -17,7 +17,7 @@ from bench.harness import TOLERANCE, Case, Provider, balanced, error, extra_mb, 
 from bench.machine import PEAKS, floor_ms, machine
 from bench.modes import Op, by_mode, evaluate, wider
 from nanolmmr1.kernels import attention as kernel
-from nanolmmr1.objective import policy_loss
+from nanolmmr1.update.objective import policy_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

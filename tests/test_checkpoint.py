@@ -15,11 +15,11 @@ import torch
 from ranks import on_disk_of
 from small import small_model, small_recipe
 
-from nanolmmr1 import checkpoint, manifest, run_folder
-from nanolmmr1.config import UserError
-from nanolmmr1.policy import Policy
+from nanolmmr1.errors import UserError
+from nanolmmr1.run import checkpoint, manifest, run_folder
+from nanolmmr1.run.trainer import Progress
 from nanolmmr1.schema import Checkpoint
-from nanolmmr1.trainer import Progress
+from nanolmmr1.update.policy import Policy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from nanolmmr1 import config
-from nanolmmr1.config import UserError, load
+from nanolmmr1.config import load
+from nanolmmr1.errors import UserError
 from nanolmmr1.schema import ALGORITHMS, ALIASES, Objective, Phase, Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]

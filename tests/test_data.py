@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from nanolmmr1.config import UserError
-from nanolmmr1.data import PromptSampler, Row, image_size, load_rows, open_image, select_rows
+from nanolmmr1.data.rows import PromptSampler, Row, image_size, load_rows, open_image, select_rows
+from nanolmmr1.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from nanolmmr1 import data
-from nanolmmr1.config import UserError
-from nanolmmr1.data import load_rows, open_image, shown
+from nanolmmr1.data import rows
+from nanolmmr1.data.rows import load_rows, open_image, shown
+from nanolmmr1.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT.parent / "shared" / "data" / "tokenizer"
@@ -146,23 +146,23 @@ def test_a_text_of_20_million_characters_is_dropped_without_being_tokenised():
 
 @pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs the tokenizer of the shared data folder")
 def test_the_fewest_tokens_of_a_text_are_never_more_than_it_has():
-    from nanolmmr1.prompt import Processor, _fewest_bytes
+    from nanolmmr1.data.prompt import Processor, _fewest_bytes
     from nanolmmr1.schema import Prompt
 
     processor = Processor(TOKENIZER, Prompt())
     for text in ("", "a", " " * 5000, "=" * 5000, "How many?" * 99, "1" * 999, "\u4e00" * 999, "e\u0301" * 999,
                  "\u03b1\u0314\u0301\u0345" * 999, "\u1112\u1161\u11ab" * 999, "\U0001f600" * 99, "\n" * 5000):
-        row = data.Row(text, "1", caption=text)
+        row = rows.Row(text, "1", caption=text)
         for captions in (False, True):
             assert processor.at_least(row, captions) <= processor.measure(row, captions)[0]
         assert _fewest_bytes(text) <= len(unicodedata.normalize("NFC", text).encode())
-    assert processor.at_least(data.Row("a" * 128_000, "1"), False) == 1000
+    assert processor.at_least(rows.Row("a" * 128_000, "1"), False) == 1000
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("space", ["", " ", "\n\t "])
 def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk, space):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr("nanolmmr1.data.rows.CHUNK", chunk)
     rows = [ROW | dict(id=i, x=[{}, [1.5e-3, True, None], '"]}, {[', "\u00e9\U0001f600\\"]) for i in range(5)]
     text = ("[" + space + (space + "," + space).join(json.dumps(row, ensure_ascii=bool(space)) for row in rows)
             + space + "]" + space)
@@ -174,7 +174,7 @@ def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk, sp
                                   '[%s, {"a": ]', "[%s; %s]", "[[]", "[%s, tru]"])
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_a_list_that_is_none_is_refused(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr("nanolmmr1.data.rows.CHUNK", chunk)
     (tmp_path / "a.json").write_text(text.replace("%s", json.dumps(ROW)))
     assert "a.json:" in refusal(tmp_path / "a.json")
 
@@ -381,13 +381,13 @@ def test_rows_of_all_sizes_come_whole_and_in_order(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=33)
     whole = load_rows(str(tmp_path / "a.parquet"))
     assert [row.id for row in whole] == [str(i) for i in range(500)] and whole[5].extra == {"level": "b"}
-    monkeypatch.setattr(data, "PIECE", 3000)
+    monkeypatch.setattr(rows, "PIECE", 3000)
     assert load_rows(str(tmp_path / "a.parquet")) == whole
     assert open_image(whole[0].images[0]).size == (9, 9)
 
 
 def test_long_texts_are_refused_by_column(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_TEXT", 100)
+    monkeypatch.setattr(rows, "MAX_TEXT", 100)
     for column in ("problem", "answer", "caption", "task"):
         (tmp_path / "a.jsonl").write_text(json.dumps(ROW | {column: "x" * 101}))
         assert f"a.jsonl:1: {column} has 101 characters, more than 100" in refusal(tmp_path / "a.jsonl")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from nanolmmr1.data import load_rows
+from nanolmmr1.data.rows import load_rows
 from nanolmmr1.desk import build, cold_start
 from nanolmmr1.desk.tasks import WORDS, _writings, guessed, worked
-from nanolmmr1.metrics import Display
-from nanolmmr1.reward import accuracy_reward, format_reward
+from nanolmmr1.report.display import Display
+from nanolmmr1.reward.rules import accuracy_reward, format_reward
 
 
 @pytest.fixture(scope="module")

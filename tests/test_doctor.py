@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nanolmmr1 import doctor
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import UserError
 from nanolmmr1.rollout.local import LocalSampler
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,13 +3,13 @@
 import pytest
 from small import BANNED, STOP, Bell, SmallJudge, SmallProcessor, small_model, small_recipe
 
-from nanolmmr1.data import Row
-from nanolmmr1.evaluate import evaluate
-from nanolmmr1.metrics import Display
-from nanolmmr1.policy import Policy
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import Preempted
+from nanolmmr1.report.display import Display
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
-from nanolmmr1.watch import Preempted
+from nanolmmr1.run.evaluate import evaluate
+from nanolmmr1.update.policy import Policy
 
 ROWS = [Row(str(n), "") for n in range(12)]
 

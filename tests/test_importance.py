@@ -10,10 +10,10 @@ import torch
 from small import small_model, small_trainer
 from test_objective import close, losses_and_grads, make_tokens, random_pack, recipe, vec
 
-from nanolmmr1 import objective as ob
-from nanolmmr1 import policy
-from nanolmmr1.pack import pack_groups
 from nanolmmr1.schema import ALGORITHMS
+from nanolmmr1.update import objective as ob
+from nanolmmr1.update import policy
+from nanolmmr1.update.pack import pack_groups
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 RESPONSES = (5, 6, 13, 21, 24)  # where the responses of the packs begin, but for the first

@@ -18,7 +18,7 @@ from compare import errors
 from nanolmmr1.kernels import _head, _rows
 from nanolmmr1.kernels import linear_logprob as logprob
 from nanolmmr1.kernels import linear_loss as kernel
-from nanolmmr1.objective import Tokens, policy_loss
+from nanolmmr1.update.objective import Tokens, policy_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 both = pytest.mark.parametrize("impl", ["chunked", "triton"])

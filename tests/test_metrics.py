@@ -15,18 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanolmmr1.config import UserError
-from nanolmmr1.metrics import (
-    Display,
-    MetricsLog,
-    SampleLog,
-    StageTimer,
-    accuracy_rows,
-    peak_rss_mb,
-    print_accuracy,
-    read_lines,
-    write_atomically,
-)
+from nanolmmr1.errors import UserError
+from nanolmmr1.files import write_atomically
+from nanolmmr1.report.display import Display, accuracy_rows, print_accuracy
+from nanolmmr1.report.logs import MetricsLog, SampleLog, read_lines
+from nanolmmr1.report.usage import StageTimer, peak_rss_mb
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"reward/overall": 0.7123, "reward/accuracy": 0.625, "response_length/mean": 143.4, "actor/kl_loss": 0.0031,

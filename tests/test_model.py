@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from nanolmmr1 import weights
-from nanolmmr1.data import Row
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row
 from nanolmmr1.kernels import attention, linear_loss
-from nanolmmr1.model import MLP
-from nanolmmr1.pack import Piece, build, deal, pack_groups, scored
-from nanolmmr1.prompt import Processor
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import MLP
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.schema import Prompt as PromptConfig
+from nanolmmr1.update.pack import Piece, build, deal, pack_groups, scored
 
 
 def picture(path, width, height, seed):

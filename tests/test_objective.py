@@ -8,9 +8,9 @@ import itertools
 import pytest
 import torch
 
-from nanolmmr1 import objective as ob
 from nanolmmr1.config import resolve
 from nanolmmr1.schema import ALGORITHMS, Objective, Phase, Recipe
+from nanolmmr1.update import objective as ob
 
 
 def recipe(algorithm="grpo", **keys):

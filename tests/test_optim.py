@@ -7,8 +7,8 @@ import ranks_optim
 import torch
 from ranks import results
 
-from nanolmmr1 import optim
-from nanolmmr1.optim import StochasticAdamW, round_stochastically
+from nanolmmr1.update import optim
+from nanolmmr1.update.optim import StochasticAdamW, round_stochastically
 
 
 def generator(seed=0):

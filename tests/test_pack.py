@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanolmmr1.pack import Piece, build, concat_prompts, deal, has_images, pack_groups, scored
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.rollout import Group, Response
+from nanolmmr1.update.pack import Piece, build, concat_prompts, deal, has_images, pack_groups, scored
 
 
 def text_prompt(*ids):

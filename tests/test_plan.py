@@ -18,19 +18,21 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanolmmr1 import config, plan, weights
-from nanolmmr1 import model as model_file
-from nanolmmr1 import plan_memory as memory
-from nanolmmr1.config import UserError
-from nanolmmr1.manifest import FILE_BYTES
-from nanolmmr1.model import LanguageBlock, ModelConfig, Qwen25VL, VisionBlock, VisionConfig, VisionTower
-from nanolmmr1.objective import Tokens
-from nanolmmr1.pack import build, deal
-from nanolmmr1.plan_stages import GB, Longest, Plan, machine
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Prompt
+from nanolmmr1 import config
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.errors import UserError
+from nanolmmr1.model import qwen as model_file
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import LanguageBlock, ModelConfig, Qwen25VL, VisionBlock, VisionConfig, VisionTower
 from nanolmmr1.rollout import Group, Response, SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.run import plan
+from nanolmmr1.run.manifest import FILE_BYTES
+from nanolmmr1.run.plan_stages import GB, Longest, Plan, machine
+from nanolmmr1.update import memory
+from nanolmmr1.update.objective import Tokens
+from nanolmmr1.update.pack import build, deal
+from nanolmmr1.update.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 VISION = VisionConfig(depth=3, hidden_size=64, intermediate_size=160, num_heads=4, out_hidden_size=128,

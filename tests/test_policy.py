@@ -9,13 +9,13 @@ from nanolmmr1.kernels.linear_loss import linear_loss
 from small import BANNED, small_model, small_recipe, small_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanolmmr1 import plan_memory
-from nanolmmr1.config import UserError
-from nanolmmr1.objective import Tokens, policy_loss
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy, fused_objective, learning_rate
+from nanolmmr1.errors import UserError
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.schema import GRPO, Objective, Optim, Phase
+from nanolmmr1.update import memory
+from nanolmmr1.update.objective import Tokens, policy_loss
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy, fused_objective, learning_rate
 
 
 def started(**phase):
@@ -209,8 +209,8 @@ def test_a_budget_recomputes_as_much_as_a_pack_asks_for_and_changes_no_gradient(
     trainer = small_trainer(tmp_path, images=True)
     policy, model = trainer.policy, trainer.policy.model
     pack, tokens = pack_of(trainer)
-    load = plan_memory.Load(pack.num_tokens, 0, len(pack.patches))
-    kept = sum(plan_memory.kept(model.cfg, load, plan_memory.Kind("cpu", 4, 4), products, blocks))
+    load = memory.Load(pack.num_tokens, 0, len(pack.patches))
+    kept = sum(memory.kept(model.cfg, load, memory.Kind("cpu", 4, 4), products, blocks))
 
     with Products() as plainly:
         policy.learn(pack, tokens, trainer.phase.objective, 1.0)

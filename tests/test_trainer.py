@@ -6,13 +6,12 @@ import pytest
 import torch
 from small import Bell, samples, share_of_even, small_model, small_trainer
 
-from nanolmmr1.config import UserError
-from nanolmmr1.metrics import read_lines
-from nanolmmr1.objective import group_advantages
-from nanolmmr1.pack import pack_groups
+from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.report.logs import read_lines
+from nanolmmr1.run.trainer import Progress, mismatch_limit
 from nanolmmr1.schema import Phase, Rollout
-from nanolmmr1.trainer import Progress, mismatch_limit
-from nanolmmr1.watch import Preempted
+from nanolmmr1.update.objective import group_advantages
+from nanolmmr1.update.pack import pack_groups
 
 DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std actor/pg_loss
     actor/kl_loss actor/entropy actor/ppo_kl actor/pg_clipfrac_higher actor/pg_clipfrac_lower

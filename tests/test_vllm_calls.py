@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import Preempted, UserError
 from nanolmmr1.rollout import SamplingParams, vllm
 from nanolmmr1.rollout.vllm import VllmSampler
-from nanolmmr1.watch import Preempted
 
 FULL = RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62")
 PARAMS = SamplingParams(num_responses=2, max_tokens=3)

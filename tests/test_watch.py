@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch.distributed as td
 
-from nanolmmr1 import dist, watch
-from nanolmmr1.config import UserError
-from nanolmmr1.judge import Worker
+from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.parallel import dist, signals
+from nanolmmr1.parallel.signals import Sign, Watch, blame
+from nanolmmr1.reward.judge import Worker
 from nanolmmr1.schema import Reward
-from nanolmmr1.watch import Preempted, Sign, Watch, blame
 
 HANG_S = 2.0
 STUCK = rf"rank {{}} \({re.escape(socket.gethostname())}, pid {{}}\) has been in stage gen of step 12 for [1-9] s"
 
 
-@pytest.mark.parametrize("number", watch.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_noticed_and_kills_nothing(number, tmp_path):
     before = signal.getsignal(number)
     with Watch(tmp_path, 300, 1800) as run:
@@ -38,11 +38,11 @@ def test_a_signal_is_noticed_and_kills_nothing(number, tmp_path):
 
 
 def test_the_status_after_a_signal_is_a_shells():
-    assert {number.name: watch.status_of(number) for number in watch.SIGNALS} == {
+    assert {number.name: signals.status_of(number) for number in signals.SIGNALS} == {
         "SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130, "SIGHUP": 129}
 
 
-@pytest.mark.parametrize("number", watch.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
 def test_before_there_is_anything_to_save_a_signal_ends_the_process(number, tmp_path):
     with Watch(tmp_path, 300, 1800) as run:
         run.begun = False
@@ -91,7 +91,7 @@ def test_stages_are_kept_in_files_where_that_is_asked_for(tmp_path, monkeypatch)
     with Watch(tmp_path, 300, 1800) as run:
         with run.stage("old", 1):
             assert not file.exists()
-        monkeypatch.setenv(watch.STAGE_FILES, "1")
+        monkeypatch.setenv(signals.STAGE_FILES, "1")
         with run.stage("step", 2), run.stage("gen"):
             assert json.loads(file.read_text()) == {"pid": os.getpid(), "moves": 4, "stage": "gen", "step": 2}
         assert json.loads(file.read_text())["stage"] == ""

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolmmr1.config import UserError
-from nanolmmr1.rollout.vllm_http import Lost
+from nanolmmr1.errors import UserError
+from nanolmmr1.rollout.server_http import Lost
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
 
 if not importlib.util.find_spec("vllm"):

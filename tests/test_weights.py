@@ -11,10 +11,11 @@ from ranks import results
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nanolmmr1 import weights
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import UserError
 from nanolmmr1.kernels import attention
-from nanolmmr1.model import Qwen25VL
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import Qwen25VL
+from nanolmmr1.parallel import export
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +40,7 @@ def make_micro(tiny, tmp_path, **changes):
     edit_config(source, vocab_size=64, **changes)
     torch.manual_seed(0)
     model = Qwen25VL(weights.read_config(source))
-    weights.save(model, tmp_path / "micro", source)
+    export.save(model, tmp_path / "micro", source)
     return tmp_path / "micro", model
 
 
@@ -107,9 +108,9 @@ def test_what_newer_transformers_writes_is_read(micro, tmp_path):
 
 def test_large_models_are_sharded_and_both_read_them(tied, tmp_path, monkeypatch):
     folder, model = tied
-    monkeypatch.setattr(weights, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
     sharded = tmp_path / "sharded"
-    weights.save(model, sharded, folder)
+    export.save(model, sharded, folder)
     index = json.loads((sharded / INDEX).read_text())
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 3
@@ -127,7 +128,7 @@ def test_large_models_are_sharded_and_both_read_them(tied, tmp_path, monkeypatch
 def test_bf16_files_are_read_into_the_dtype_asked_for(tied, tmp_path):
     folder, model = tied
     half = tmp_path / "half"
-    weights.save(model, half, folder, dtype=torch.bfloat16)
+    export.save(model, half, folder, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert same(model.bfloat16(), weights.load(half), torch.bfloat16)
@@ -139,7 +140,7 @@ def test_everything_but_weights_comes_along(tied, tmp_path):
     folder, model = tied
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "optimizer.bin").write_text("not ours to copy")
-    weights.save(model, tmp_path / "again", folder)
+    export.save(model, tmp_path / "again", folder)
     names = {path.name for path in (tmp_path / "again").iterdir()}
     assert names == {path.name for path in folder.iterdir()} - {"optimizer.bin"}
     assert {"preprocessor_config.json", "tokenizer_config.json", "generation_config.json"} < names
@@ -261,7 +262,7 @@ def test_a_config_in_another_encoding_is_read_and_written_plainly(tied, tmp_path
     folder, model = tied
     (folder / "config.json").write_bytes((folder / "config.json").read_text().encode(encoding))
     assert same(weights.load(folder), model)
-    weights.save(model, tmp_path / "again", folder)
+    export.save(model, tmp_path / "again", folder)
     assert json.loads((tmp_path / "again" / "config.json").read_text(encoding="ascii"))["vocab_size"] == 64
 
 
@@ -285,7 +286,7 @@ def test_offloaded_shards_are_handed_over_where_the_model_computes(sharded_weigh
     """On one rank too, where nothing is gathered. `meta` stands for the GPU."""
     model = torch.nn.ParameterDict({"weight": sharded_weight})
     monkeypatch.setattr(type(sharded_weight.device_mesh), "device_type", "meta")
-    ((_, given),) = weights.published(model, torch.bfloat16)
+    ((_, given),) = export.published(model, torch.bfloat16)
     assert (given.device.type, given.dtype, given.shape) == ("meta", torch.bfloat16, (7, 4))
 
 

@@ -15,15 +15,17 @@ import random
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanolmmr1 import config, schema, weights
-from nanolmmr1.data import load_rows
+from nanolmmr1 import config, schema
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import load_rows
 from nanolmmr1.desk.tasks import guessed, worked
-from nanolmmr1.model import Qwen25VL
-from nanolmmr1.objective import Tokens
-from nanolmmr1.pack import pack_groups
-from nanolmmr1.policy import Policy, learning_rate
-from nanolmmr1.prompt import Processor
+from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import Qwen25VL
+from nanolmmr1.parallel import export
 from nanolmmr1.rollout import Group, Response
+from nanolmmr1.update.objective import Tokens
+from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.policy import Policy, learning_rate
 
 SPECIAL = [
     "<|endoftext|>",
@@ -63,7 +65,7 @@ def write_model(folder, world, rows, seed, display):
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
     _teach(model, folder, world, rows, seed, display)
-    weights.save(model, folder, folder)
+    export.save(model, folder, folder)
 
 
 def write_settings(folder, rows):

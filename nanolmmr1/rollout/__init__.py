@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanolmmr1.data import Row
-from nanolmmr1.prompt import Prompt
+from nanolmmr1.data.prompt import Prompt
+from nanolmmr1.data.rows import Row
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ seed alone, not on its neighbours.
 import numpy as np
 import torch
 
-from nanolmmr1 import dist
 from nanolmmr1.kernels.attention import Spans, attention
-from nanolmmr1.model import Qwen25VL
-from nanolmmr1.pack import concat_prompts
+from nanolmmr1.model.qwen import Qwen25VL
+from nanolmmr1.parallel import dist
+from nanolmmr1.parallel.export import published
 from nanolmmr1.rollout import Group, Response, response_uniforms
-from nanolmmr1.weights import published
+from nanolmmr1.update.pack import concat_prompts
 
 
 class LocalSampler:

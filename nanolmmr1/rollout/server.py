@@ -34,17 +34,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from nanolmmr1 import dist
-from nanolmmr1.config import UserError
-from nanolmmr1.data import Row
-from nanolmmr1.pack import pack_groups
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import UserError
+from nanolmmr1.parallel import dist
+from nanolmmr1.parallel.export import published
 from nanolmmr1.rollout import Group, SamplingParams
+from nanolmmr1.rollout.server_http import CONNECT_S, Lost, Refused, Server, answer_bytes, field, request, responses
 from nanolmmr1.rollout.vllm import TESTED
-from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused, Server, answer_bytes, field, request, responses
 from nanolmmr1.rollout.vllm_input import batch_tokens, fp32_head
 from nanolmmr1.rollout.weight_transfer import WeightTransfer
 from nanolmmr1.terminal import printable
-from nanolmmr1.weights import published
+from nanolmmr1.update.pack import pack_groups
 
 PAUSE_S = 2  # between two tries of a lost server
 CHECK_TOKENS = 8

@@ -22,12 +22,11 @@ import time
 import numpy as np
 import torch
 
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.parallel.export import published
 from nanolmmr1.rollout import Group, Response
 from nanolmmr1.rollout.vllm_input import batch_tokens, check_logps, fp32_head, images_of, sampling_fields
 from nanolmmr1.rollout.vllm_tensors import EMBED, FUSED, HEAD, column, digests, engine_tensor, read, repack_tied_head
-from nanolmmr1.watch import Preempted
-from nanolmmr1.weights import published
 
 TESTED = "0.32"
 CPU_CACHE_BYTES = 4 << 30

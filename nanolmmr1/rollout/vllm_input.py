@@ -5,7 +5,7 @@ Next: vllm.py, the engine in this process; vllm_http.py, one server.
 
 import math
 
-from nanolmmr1.config import UserError
+from nanolmmr1.errors import UserError
 
 
 def images_of(prompt, merge):

@@ -12,8 +12,8 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 
 import torch
 
-from nanolmmr1.config import UserError
-from nanolmmr1.rollout.vllm_http import CONNECT_S, Lost, Refused
+from nanolmmr1.errors import UserError
+from nanolmmr1.rollout.server_http import CONNECT_S, Lost, Refused
 
 
 class WeightTransfer:
