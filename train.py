@@ -96,7 +96,7 @@ def train(cfg, device):
         policy = setup.load_policy(cfg, folder, device, processor, empty=bool(latest))
         if latest:
             checkpoints.load(latest, policy, optimizer=False)
-        dist.together(lambda: [policy.learns(phase.freeze) for phase in cfg.phases.values()])
+        dist.together(lambda: [policy.trainable_names(phase.freeze) for phase in cfg.phases.values()])
         if dist.is_main():
             run_folder.write_recipe(run, recipe, progress.step, display.note)
         judge.workers.between = watch.check
@@ -139,7 +139,7 @@ def train(cfg, device):
                     trainer.step()
                     look(name, phase)
                     due = is_due(cfg.checkpoint.every_steps, progress, phase)
-                    if (due or checkpoints.is_old()) and progress.phase_step < phase.steps and trainer.sound:
+                    if (due or checkpoints.is_old()) and progress.phase_step < phase.steps and trainer.last_update_finite:
                         save(score_of(progress, f"{name} {progress.phase_step}"))
                 if tasks:
                     measure(name)
@@ -158,7 +158,7 @@ def train(cfg, device):
             except (UserError, Preempted) as stop:
                 # A rank that has come to this alone says so, and torchrun ends the others.
                 together = dist.size() == 1 or isinstance(stop, (errors.SharedError, Preempted))
-                if together and progress.step and trainer.sound:
+                if together and progress.step and trainer.last_update_finite:
                     save()
                 checkpoints.wait()  # for what is being written, in any case
                 if isinstance(stop, UserError):

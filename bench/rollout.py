@@ -71,7 +71,7 @@ def bench(engine, sampler, policy, prompts):
     groups = run()
     packs, _ = pack_groups(groups, 1 << 14)
     sampled = torch.cat([r.logp for g in groups for r in g.responses])
-    error = max(float((policy.score(p, 1.0)[0].cpu() - sampled[p.where]).abs().max()) for p in packs)
+    error = max(float((policy.logprobs(p, 1.0)[0].cpu() - sampled[p.flat_index]).abs().max()) for p in packs)
     limit = {"local": 1e-4, "vllm": 1e-3}[engine] if policy.dtype == torch.float32 else 0.5  # bfloat16 rounds in places
     assert error < limit, f"log-probs of {engine} differ from the trainer's by {error}"
 

@@ -1,6 +1,6 @@
 """One update of a random 3B: python -m bench.step [shared] [swiglu] [recompute] [repeated] [--profile] [--apply]
 
-`Policy.learn` of one group: a prompt with an image of 1,280 tokens, and eight responses of 400. `shared` packs them as
+`Policy.backward` of one group: a prompt with an image of 1,280 tokens, and eight responses of 400. `shared` packs them as
 training does, `swiglu` also makes each MLP's product again in the backward pass, `recompute` every block, and
 `repeated` gives each response a copy of the prompt and its image, as a trainer without shared prefixes would.
 Utilisation is of the products that the model needs, 2 FLOPs forward and 4 backward a weight and token, vision too;
@@ -108,14 +108,14 @@ def learner(policy, packs, response):
 
     def tokens(pack):
         n = pack.num_scored
-        of_each = torch.linspace(-1, 1, n), torch.full((n,), 1 / total), pack.where // response, torch.full((n,), -1.0)
+        of_each = torch.linspace(-1, 1, n), torch.full((n,), 1 / total), pack.flat_index // response, torch.full((n,), -1.0)
         return Tokens(*(vector.to(policy.device) for vector in of_each))
 
     given = [(pack, tokens(pack)) for pack in packs]
 
     def learn():
         for i, (pack, own) in enumerate(given):
-            policy.learn(pack, own, policy.cfg.phases["bench"].objective, 1.0, (i == len(given) - 1,) * 2)
+            policy.backward(pack, own, policy.cfg.phases["bench"].objective, 1.0, (i == len(given) - 1,) * 2)
 
     return learn
 
@@ -170,7 +170,7 @@ def apply(policy, o, device):
     learn = learner(policy, make_packs(o, False, policy.model.cfg.vocab_size), o.response)
     for _ in range(2):
         learn()
-        ms, host = timed(lambda: policy.apply(1e-6, 0.0), device)
+        ms, host = timed(lambda: policy.optimizer_step(1e-6, 0.0), device)
     return {"median_ms": ms, "host_ms": host, "peak_gb": peak_gb(device)}
 
 

@@ -310,7 +310,7 @@ class Patient:
             groups = [Group(prompt, group.responses) for prompt, group in zip(prompts, groups, strict=True)]
         logp = torch.zeros(stacked(groups, "ids").shape)
         for pack in pack_groups(groups, self.policy.cfg.pack.tokens_per_micro_batch)[0]:
-            logp.view(-1)[pack.where] = self.policy.score(pack, 1.0)[0].cpu()
+            logp.view(-1)[pack.flat_index] = self.policy.logprobs(pack, 1.0)[0].cpu()
         return logp
 
     def sample(self, engine, prompts, count=2, temperature=1.0):

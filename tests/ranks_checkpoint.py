@@ -203,7 +203,7 @@ def trained(run):
         own.load(folder, policy)
     for p in policy.trained.values():
         p.grad = p.detach() * 1e-4  # no clipping: a norm depends on the order of its sum
-    policy.apply(1e-3, 0.0)
+    policy.optimizer_step(1e-3, 0.0)
     step = progress.step + 1 if progress else 1
     own.save(step, policy, {"step": step})
     tensors = dict(model.named_parameters()) | policy.optimizer_tensors()

@@ -207,7 +207,7 @@ def test_a_step_weighs_and_reports_as_defined(tmp_path, mode):
     assert record["pack/micro_batches"] > 1
     trainer.policy.model.load_state_dict(small_model().state_dict())
     (pack,), _ = pack_groups(groups, 1 << 20)
-    ours = trainer.policy.score(pack, 1.0)[0].double()
+    ours = trainer.policy.logprobs(pack, 1.0)[0].double()
     sampler = torch.cat([r.logp for group in groups for r in group.responses]).double()
     lengths = torch.tensor([len(r.ids) for group in groups for r in group.responses])
     response = torch.repeat_interleave(lengths)

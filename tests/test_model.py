@@ -174,7 +174,7 @@ def packed_gradients(model, world, tokens_per_micro_batch=10_000):
     packs, _ = pack_groups(world.groups, tokens_per_micro_batch)
     total = 0
     for pack in packs:
-        a, b = world.logp_weight[pack.where], world.entropy_weight[pack.where]
+        a, b = world.logp_weight[pack.flat_index], world.entropy_weight[pack.flat_index]
         loss, _, _ = linear_loss.linear_loss(
             scored_hidden(model, pack), model.head, pack.target,
             lambda logp, entropy, rows, a=a, b=b: a[rows] * logp + b[rows] * entropy,

@@ -70,7 +70,7 @@ def test_a_pack_of_two_groups_is_laid_out_as_written_here():
     assert pack.spans.num_tokens == pack.num_tokens == 10 and pack.num_scored == 6
     assert rows(pack) == [2, 3, 4, 2, 8, 9]  # a prompt's last token predicts each response's first
     assert pack.target.tolist() == [100, 101, 102, 103, 200, 201]
-    assert pack.where.tolist() == [0, 1, 2, 3, 4, 5]
+    assert pack.flat_index.tolist() == [0, 1, 2, 3, 4, 5]
     assert pack.image_slots.tolist() == [6, 7] and pack.grid.tolist() == [[1, 4, 2]] and pack.patches.shape == (8, 6)
 
 
@@ -86,7 +86,7 @@ def test_an_empty_response_is_no_token_and_shifts_nothing():
     pack = build([piece(text_prompt(10, 11), responses(0, 2, 0), 0, 0, 2)])
     assert pack.ids.tolist() == [10, 11, 100]
     assert pack.spans.table.tolist() == [[0, 2, 0, 2, 0, 0, 1], [2, 3, 2, 3, 0, 2, 1]]
-    assert rows(pack) == [1, 2] and pack.target.tolist() == [100, 101] and pack.where.tolist() == [0, 1]
+    assert rows(pack) == [1, 2] and pack.target.tolist() == [100, 101] and pack.flat_index.tolist() == [0, 1]
 
 
 def test_a_group_of_empty_responses_scores_nothing():
@@ -110,7 +110,7 @@ def rollout():
 def test_every_scored_token_is_in_exactly_one_pack_and_predicted_by_the_token_before_it(budget):
     groups, count = rollout()
     packs, _ = pack_groups(groups, budget)
-    where = torch.cat([pack.where for pack in packs])
+    where = torch.cat([pack.flat_index for pack in packs])
     assert sorted(where.tolist()) == list(range(count))
     before = {}  # where -> the token before it
     for group in groups:
@@ -118,9 +118,9 @@ def test_every_scored_token_is_in_exactly_one_pack_and_predicted_by_the_token_be
             for i, token in enumerate(response.ids.tolist()):
                 before[token - 100] = int(response.ids[i - 1]) if i else int(group.prompt.ids[-1])
     for pack in packs:
-        assert (pack.target == pack.where + 100).all()  # ids were numbered so
-        assert pack.ids[rows(pack)].tolist() == [before[place] for place in pack.where.tolist()]
-        assert (pack.where.diff() > 0).all()  # the rollout's order, so a response's tokens are contiguous
+        assert (pack.target == pack.flat_index + 100).all()  # ids were numbered so
+        assert pack.ids[rows(pack)].tolist() == [before[place] for place in pack.flat_index.tolist()]
+        assert (pack.flat_index.diff() > 0).all()  # the rollout's order, so a response's tokens are contiguous
 
 
 # The groups alone take 6, 29, 10, 4, 28, 12 and 15 tokens.
@@ -141,7 +141,7 @@ def test_a_group_larger_than_the_budget_takes_its_prompt_along():
     group = Group(text_prompt(10, 11, 12), responses(3, 5, 2))
     packs, split = pack_groups([group], 7, first=40)
     assert split == 1
-    assert sorted((pack.ids.tolist(), pack.where.tolist()) for pack in packs) == [
+    assert sorted((pack.ids.tolist(), pack.flat_index.tolist()) for pack in packs) == [
         ([10, 11, 12, 100, 101], [40, 41, 42]),
         ([10, 11, 12, 103, 104, 105, 106], [43, 44, 45, 46, 47]),
         ([10, 11, 12, 108], [48, 49]),
@@ -234,8 +234,8 @@ def test_over_ranks_and_micro_steps_every_token_is_scored_once_within_the_budget
     where = []
     for pieces in (pieces for step in micro_steps for pieces in step):
         pack = build(pieces)
-        where += pack.where.tolist()
-        assert (pack.target == pack.where + 95).all() and (pack.where.diff() > 0).all()
+        where += pack.flat_index.tolist()
+        assert (pack.target == pack.flat_index + 95).all() and (pack.flat_index.diff() > 0).all()
         assert pack.num_tokens == max(1, tokens(pieces))
         assert pack.num_tokens <= budget or len(pieces) == len(pieces[0].responses) == 1
         assert len(pack.patches) == sum(own.patches for own in pieces)
@@ -326,8 +326,8 @@ def test_a_pack_of_nothing_is_one_token_that_is_not_scored():
     pack = build([])
     assert (pack.num_tokens, pack.num_scored, pack.ids.tolist(), pack.positions.tolist()) == (1, 0, [0], [[0]] * 3)
     assert pack.spans.table.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
-    assert [len(t) for t in (pack.picks, pack.target, pack.where, pack.patches, pack.grid, pack.image_slots)] == [0] * 6
-    assert pack.grid.shape == (0, 3) and pack.picks.dtype == pack.target.dtype == pack.where.dtype == torch.int64
+    assert [len(t) for t in (pack.picks, pack.target, pack.flat_index, pack.patches, pack.grid, pack.image_slots)] == [0] * 6
+    assert pack.grid.shape == (0, 3) and pack.picks.dtype == pack.target.dtype == pack.flat_index.dtype == torch.int64
 
 
 def sizes_of_a_step(seed, pictures):

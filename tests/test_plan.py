@@ -160,7 +160,7 @@ def test_learning_peaks_where_the_plan_says(case):
         n = pack.num_scored
         tokens = Tokens(torch.ones(n), torch.ones(n) / n, torch.zeros(n, dtype=torch.int64), torch.zeros(n))
         with live:
-            policy.learn(pack, tokens, phase.objective, 1.0)
+            policy.backward(pack, tokens, phase.objective, 1.0)
     parts = planned.learning(planned.load(cfg.pack.tokens_per_micro_batch))
     expected = sum(parts.values()) - parts["weights"] - parts["optimiser"]
     found = live.peak + pack.patches.nbytes * bool(images)
@@ -190,7 +190,7 @@ def test_scoring_and_sampling_peak_where_the_plan_says(images):
 
     pack = build(deal(groups, 1 << 14)[0][0][0])
     with Live(model.parameters()) as live:
-        policy.score(pack, 1.0)
+        policy.logprobs(pack, 1.0)
     found = live.peak + pixels * bool(images)
     parts = planned.scoring(planned.load(1 << 14))
     expected = sum(parts.values()) - sum(planned.base().values())

@@ -50,7 +50,7 @@ def test_frozen_parts_get_neither_gradient_nor_update(freeze, frozen):
     assert set(policy.trained) == expected == {n for n, p in policy.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     give_gradients(policy, 0.01)
-    policy.apply(1e-2, 0.0)
+    policy.optimizer_step(1e-2, 0.0)
     changed = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == expected
 
@@ -71,7 +71,7 @@ def test_only_matrices_decay():
     policy = started()
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     give_gradients(policy, 0.0)
-    policy.apply(0.5, 0.0)
+    policy.optimizer_step(0.5, 0.0)
     for name, p in policy.model.named_parameters():
         assert torch.allclose(p, before[name] * (1 - 0.5 * 0.1 if p.ndim > 1 else 1), atol=1e-7), name
 
@@ -93,7 +93,7 @@ def test_the_rate_given_is_the_rate_used():
     policy = started()
     norm = policy.model.model.norm.weight  # not decayed; the first step of AdamW is the rate times the gradient's sign
     give_gradients(policy, 1e-3)
-    policy.apply(0.25, 0.0)
+    policy.optimizer_step(0.25, 0.0)
     assert torch.allclose(norm, torch.ones_like(norm) - 0.25, atol=1e-3)
 
 
@@ -101,11 +101,11 @@ def test_the_rate_given_is_the_rate_used():
 def test_a_non_finite_loss_or_gradient_leaves_weights_and_moments_as_they_are(gradient, loss):
     policy = started()
     give_gradients(policy, 0.01)
-    policy.apply(1e-2, 0.0)
+    policy.optimizer_step(1e-2, 0.0)
     before = {name: t.clone() for name, t in everything(policy).items()}
     give_gradients(policy, 0.01)
     policy.model.model.norm.weight.grad[3] = gradient
-    norm, updated = policy.apply(1e-2, loss)
+    norm, updated = policy.optimizer_step(1e-2, loss)
     assert not updated
     assert math.isfinite(norm) == math.isfinite(gradient)
     after = everything(policy)
@@ -123,7 +123,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_reported_as_they_were()
         norm_weight = policy.model.model.norm.weight.detach()
         before = norm_weight.clone()
         give_gradients(policy, 2.0)
-        norm, _ = policy.apply(1e6, 0.0)
+        norm, _ = policy.optimizer_step(1e6, 0.0)
         moved.append(float((norm_weight - before).norm()))
         assert norm == pytest.approx(2.0 * math.sqrt(sum(p.numel() for p in policy.model.parameters())), rel=1e-4)
     assert moved[1] / moved[0] == pytest.approx(0.5 / norm, rel=1e-3)
@@ -213,12 +213,12 @@ def test_a_budget_recomputes_as_much_as_a_pack_asks_for_and_changes_no_gradient(
     kept = sum(memory.kept(model.cfg, load, memory.Kind("cpu", 4, 4), products, blocks))
 
     with Products() as plainly:
-        policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+        policy.backward(pack, tokens, trainer.phase.objective, 1.0)
     plain = [p.grad for p in policy.trained.values()]
     policy.discard()
     policy.cfg.pack.checkpoint_activations, policy.cfg.pack.activation_budget_gb = "budget", kept / 1e9
     with Products() as again:
-        policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+        policy.backward(pack, tokens, trainer.phase.objective, 1.0)
     every = (*model.model.layers, *model.visual.blocks)
     assert [block.recompute for block in every] == [True] * blocks + [False] * (3 - blocks)
     assert [block.mlp.recompute for block in every] == [blocks <= i < products for i in range(3)]
@@ -247,7 +247,7 @@ def test_the_same_pack_gives_the_same_bits(tmp_path, device):
     tokens = Tokens(*(x.to(device) for x in (tokens.advantage, tokens.weight, tokens.response, tokens.sampler_logp)))
     found = []
     for _ in range(3):
-        stats = policy.learn(pack, tokens, trainer.phase.objective, 1.0)
+        stats = policy.backward(pack, tokens, trainer.phase.objective, 1.0)
         found.append([*(p.grad.clone() for p in policy.trained.values()), stats["logp"], stats["loss"]])
         policy.discard()
     for again in found[1:]:

@@ -42,14 +42,14 @@ def trajectory(folder, names, over="all"):
         reference = small_model(1).requires_grad_(False) if "KL" in name else None
         # Keys' biases have no gradient but rounding errors, which AdamW with a small eps blows up into whole steps.
         trainer = small_trainer(f"{folder}/{name}", often_equal, reference, over=over, optim={"eps": 1e-4}, **changes)
-        lonely, learn = 0, trainer.policy.learn
+        lonely, learn = 0, trainer.policy.backward
 
         def counted(pack, *args, learn=learn):
             nonlocal lonely
             lonely += len(pack.grid) > 0 and not len(pack.image_slots)
             return learn(pack, *args)
 
-        trainer.policy.learn = counted
+        trainer.policy.backward = counted
         records = [trainer.step() for _ in range(5)]
         final = [tensor.flatten().tolist() for _, tensor in published(trainer.policy.model)]
         found[name] = records, sum(final, []), lonely
@@ -109,9 +109,9 @@ def random_assignments(seed, number):
                 pack = build(own, 1176 if has_images(step) else 0)
                 if rank == dist.rank():
                     lonely += len(pack.grid) > 0 and not len(pack.image_slots)
-                    policy.learn(pack, tokens_of(pack), objective, 1.0)
+                    policy.backward(pack, tokens_of(pack), objective, 1.0)
                 if own:
-                    loss += float(whole.learn(build(own), tokens_of(build(own)), objective, 1.0)["loss"])
+                    loss += float(whole.backward(build(own), tokens_of(build(own)), objective, 1.0)["loss"])
         for p, q in zip(policy.trained.values(), whole.trained.values(), strict=True):
             grad = torch.zeros_like(q) if p.grad is None else p.grad.full_tensor()
             gold = torch.zeros_like(q) if q.grad is None else q.grad
@@ -141,7 +141,7 @@ def collectives(images, freeze):
     micro_steps, _ = deal(group, 1000, dist.size())
     pack = trainer.build(micro_steps[0])
     with CommDebugMode() as comm:
-        trainer.policy.learn(pack, tokens_of(pack), trainer.phase.objective, 1.0)
+        trainer.policy.backward(pack, tokens_of(pack), trainer.phase.objective, 1.0)
     return {str(op).rpartition(".")[2]: n for op, n in comm.get_comm_counts().items()}
 
 
@@ -164,7 +164,7 @@ def gathered_in_a_step(freeze):
         return gather(out, *args, **options)
 
     export.all_gather = counted
-    trainer.hand_over()
+    trainer.update_sampler()
     export.all_gather = gather
     sizes = {name: p.numel() * 4 for name, p in trainer.policy.model.named_parameters()}
     return sum(gathered), sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("visual."))
@@ -227,7 +227,7 @@ def sixteen_bits():
             fsdp.shard(model, dist.mesh("cpu", "all", 60), dtype)
         policy = Policy(model, trainer.cfg, BANNED, dtype)
         policy.start_phase(trainer.phase)
-        policy.learn(pack, tokens_of(pack), trainer.phase.objective, 1.0)
+        policy.backward(pack, tokens_of(pack), trainer.phase.objective, 1.0)
         parts = dist.size() if split else 1  # all ranks have learnt the same pack
         grads[name] = {n: (p.grad.full_tensor() if split else p.grad) / parts for n, p in policy.trained.items()}
     head = grads["sharded"]["model.embed_tokens.weight"]
@@ -254,13 +254,13 @@ def trouble(folder, kind):
     trainer = small_trainer(folder, rule, watch=watch)
     before = [tensor.clone() for _, tensor in published(trainer.policy.model)]
     if kind == "learning" and last:
-        learn = trainer.policy.learn
+        learn = trainer.policy.backward
 
         def told_while_learning(*args):
             watch.stopping = True
             return learn(*args)
 
-        trainer.policy.learn = told_while_learning
+        trainer.policy.backward = told_while_learning
     trainer.cfg.pack.tokens_per_micro_batch = 20
     try:
         trainer.step()
@@ -295,7 +295,7 @@ def words_between_ranks():
         except UserError as error:
             said.append(str(error))
     gathered = [text.decode() for text in dist.gather(b"x" * dist.rank())]
-    shares = [list(range(10)[dist.share(10, 3, part)]) for part in range(3)]
+    shares = [list(range(10)[dist.my_slice(10, 3, part)]) for part in range(3)]
     return said, gathered, dist.any_of(dist.rank() == 2), dist.any_of(False), shares, dist.is_main()
 
 

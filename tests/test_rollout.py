@@ -68,10 +68,10 @@ def test_log_probs_are_the_trainers(policy, prompts, temperature, tokens):
     groups = LocalSampler(policy).generate(
         prompts, params(policy, tokens=tokens, temperature=temperature), seeds(prompts))
     (pack,), _ = pack_groups(groups, 1 << 20)
-    logp, _ = policy.score(pack, temperature)
+    logp, _ = policy.logprobs(pack, temperature)
     sampled = torch.cat([r.logp for group in groups for r in group.responses])
     assert len(sampled) == 3 * 3 * tokens and sampled.std() > 1
-    assert (logp - sampled[pack.where]).abs().max() < 1e-4
+    assert (logp - sampled[pack.flat_index]).abs().max() < 1e-4
 
 
 def test_a_response_does_not_depend_on_what_stands_beside_it(policy, prompts):
@@ -116,7 +116,7 @@ def test_responses_end_at_their_first_stop_token_and_no_other_changes(policy, pr
     assert {r.finish for r in responses[:6]} == {"stop"} and responses[-1].finish == "length"
     (pack,), _ = pack_groups(ended, 1 << 20)
     sampled = torch.cat([r.logp for r in responses])
-    assert (policy.score(pack, 1.0)[0] - sampled[pack.where]).abs().max() < 1e-4
+    assert (policy.logprobs(pack, 1.0)[0] - sampled[pack.flat_index]).abs().max() < 1e-4
 
 
 def test_banned_tokens_are_never_drawn(policy, prompts):

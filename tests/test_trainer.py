@@ -31,7 +31,7 @@ def weights_of(trainer):
 def logp_now(trainer, groups):
     """Sum of each response's log-probs under the policy as it is."""
     (pack,), _ = pack_groups(groups, 1 << 20)
-    logp, responses = trainer.policy.score(pack, 1.0)[0], [r for group in groups for r in group.responses]
+    logp, responses = trainer.policy.logprobs(pack, 1.0)[0], [r for group in groups for r in group.responses]
     return torch.stack([part.sum() for part in logp.split([len(r.ids) for r in responses])])
 
 
@@ -153,7 +153,7 @@ def test_every_update_weighs_its_own_tokens(tmp_path):
     trainer.step()
     for groups, loss in zip((trainer.sampler.groups[:2], trainer.sampler.groups[2:]), losses, strict=True):
         (pack,), _ = pack_groups(groups, 1 << 20)
-        assert loss == pytest.approx(-float(trainer.policy.score(pack, 1.0)[1].mean()), rel=1e-4)
+        assert loss == pytest.approx(-float(trainer.policy.logprobs(pack, 1.0)[1].mean()), rel=1e-4)
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference(tmp_path):
@@ -177,7 +177,7 @@ def test_kl_in_the_reward_lowers_the_advantage_of_what_the_reference_would_not_s
     record = trainer.step()
     group = trainer.sampler.groups[0]
     (pack,), _ = pack_groups([group], 1 << 20)
-    k1 = torch.cat([r.logp for r in group.responses]) - trainer.policy.score(pack, 1.0, reference)[0]
+    k1 = torch.cat([r.logp for r in group.responses]) - trainer.policy.logprobs(pack, 1.0, reference)[0]
     cost = torch.stack([part.sum() for part in k1.split([len(r.ids) for r in group.responses])])
     advantages = torch.tensor([r["advantage"] for r in samples(tmp_path)[0]["responses"]])
     assert torch.allclose(advantages, group_advantages(-cost, "grpo"), atol=1e-3)
@@ -268,22 +268,22 @@ def test_non_finite_steps_are_skipped_counted_and_after_a_few_the_end(tmp_path):
 
 def test_a_step_of_several_updates_is_bad_only_if_all_of_them_are(tmp_path):
     trainer = small_trainer(tmp_path, phase={"updates_per_rollout": 4}, optim={"max_bad_steps": 2})
-    learn, calls = trainer.policy.learn, []
+    learn, calls = trainer.policy.backward, []
 
     def now_and_then(*args):
         calls.append(1)
         stats = learn(*args)
         return stats | {"loss": stats["loss"] * float("nan")} if len(calls) in bad else stats
 
-    trainer.policy.learn = now_and_then
+    trainer.policy.backward = now_and_then
     bad = {2, 3, 4, *range(5, 9)}
     record = trainer.step()
     assert (record["actor/skipped_steps"], trainer.progress.bad_steps) == (1, 0)  # the first update was made
-    assert not trainer.sound  # and may be what made the others bad
+    assert not trainer.last_update_finite  # and may be what made the others bad
     trainer.step()
     assert (trainer.progress.skipped_steps, trainer.progress.bad_steps) == (2, 1)
     trainer.step()
-    assert (trainer.progress.skipped_steps, trainer.progress.bad_steps, trainer.sound) == (2, 0, True)
+    assert (trainer.progress.skipped_steps, trainer.progress.bad_steps, trainer.last_update_finite) == (2, 0, True)
 
 
 def test_a_step_is_given_up_before_its_first_update_and_not_after_it(tmp_path):
@@ -319,7 +319,7 @@ def test_no_memory_for_a_hand_over_ends_the_run_after_the_step_that_was_taken(tm
     trainer.sampler.update = full
     with pytest.raises(UserError, match="^CUDA out of memory. Tried to allocate 9 GiB.$"):
         trainer.step()
-    assert trainer.progress.step == 1 and trainer.sound and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+    assert trainer.progress.step == 1 and trainer.last_update_finite and len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.parametrize("limit, ends", [(None, True), (0.6, False), (0.4, True), (0.0, False)])
@@ -341,7 +341,7 @@ def test_a_sampler_that_samples_from_other_weights_ends_the_run(tmp_path, limit,
         return
     with pytest.raises(UserError, match=f"image prompts differ .* by 0.5 nats .*max_mismatch={limit or 0.01:g}"):
         trainer.step()
-    assert trainer.progress.step == 1 and trainer.sound  # taken and told of: a checkpoint follows
+    assert trainer.progress.step == 1 and trainer.last_update_finite  # taken and told of: a checkpoint follows
     assert read_lines(tmp_path / "metrics.jsonl")
 
 

@@ -88,7 +88,7 @@ def engine(tiny, cfg, policy):
 def logp_error(groups, policy, temperature=1.0):
     (pack,), _ = pack_groups(groups, 1 << 20)
     sampled = torch.cat([r.logp for group in groups for r in group.responses])
-    return (policy.score(pack, temperature)[0] - sampled[pack.where]).abs().max()
+    return (policy.logprobs(pack, temperature)[0] - sampled[pack.flat_index]).abs().max()
 
 
 def assert_greedy_is_ours(engine, policy, prompts):
@@ -184,7 +184,7 @@ def test_truncated_sampling_reports_what_is_left_renormalised(engine, policy, pr
     truncate(logits, 0.8, 5)
     logp = logits.log_softmax(1).gather(1, pack.target[:, None])[:, 0]
     sampled = torch.cat([r.logp for group in groups for r in group.responses])
-    assert (logp - sampled[pack.where]).abs().max() < 1e-3 and sampled.min() < -0.1
+    assert (logp - sampled[pack.flat_index]).abs().max() < 1e-3 and sampled.min() < -0.1
 
 
 @needs_vllm

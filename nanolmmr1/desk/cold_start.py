@@ -119,7 +119,7 @@ def _teach(model, folder, world, rows, seed, display):
     with display.busy("cold start", phase.steps) as advance:
         for step in range(phase.steps):
             loss = _imitate(policy, [example(step < SKILL_STEPS) for _ in range(BATCH)])
-            policy.apply(learning_rate(phase, optim, step), loss)
+            policy.optimizer_step(learning_rate(phase, optim, step), loss)
             advance()
 
 
@@ -131,7 +131,7 @@ def _imitate(policy, groups):
     for pack in packs:
         ones = torch.ones(pack.num_scored)
         tokens = Tokens(ones, ones / count, torch.zeros_like(pack.target), torch.zeros(pack.num_scored))
-        loss += float(policy.learn(pack, tokens, objective, 1.0)["loss"])
+        loss += float(policy.backward(pack, tokens, objective, 1.0)["loss"])
     return loss
 
 

@@ -148,7 +148,7 @@ def _mesh(world, device, over, timeout_s):
     return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def share(count, parts=None, part=None):
+def my_slice(count, parts=None, part=None):
     """The slice of `count` things that falls to this rank, or to one of `parts`: contiguous, and as even as can be."""
     parts, part = size() if parts is None else parts, rank() if part is None else part
     return slice(count * part // parts, count * (part + 1) // parts)
@@ -169,7 +169,7 @@ def gather(data):
     return [blob[:n].numpy().tobytes() for blob, n in zip(blobs, sizes.tolist(), strict=True)]
 
 
-def total(tensor):
+def all_reduce_sum(tensor):
     """The sum over ranks of a CPU tensor, in place."""
     if size() > 1:
         td.all_reduce(tensor)
@@ -178,7 +178,7 @@ def total(tensor):
 
 def any_of(flag):
     """Whether the flag is set on some rank."""
-    return bool(total(torch.tensor(int(flag))))
+    return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
 def barrier():

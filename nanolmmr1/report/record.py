@@ -21,12 +21,12 @@ from nanolmmr1.report.usage import peak_rss_mb, rss_mb
 from nanolmmr1.update.objective import importance_ratio, importance_weights, kl_penalty
 
 
-def account(progress, objective, rollout, sampled, learnt, sampler_stats, seconds):
+def step_record(progress, objective, rollout, sampled, learnt, sampler_stats, seconds):
     """The step's record. Rewards and lengths are of everything sampled, the rest of what was learnt from.
 
     Args:
-        rollout: exchange.Rollout of the groups learnt from; sampled: all groups.
-        learnt: what Trainer.learn gave, and the numbers of updates, micro-batches and split groups.
+        rollout: Batch of the groups learnt from; sampled: all groups.
+        learnt: what Trainer.update_policy gave, and the numbers of updates, micro-batches and split groups.
         sampler_stats: the sampler's own numbers; seconds: stage times, as StageTimer gives them.
     """
     tokens = max(1, learnt["tokens"])

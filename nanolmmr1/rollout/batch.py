@@ -40,7 +40,7 @@ def gather_groups(groups, indices, rows, trouble=None, speaks=True):
     return [group for r, (theirs, _, _) in enumerate(told) for group in (groups if r == mine else theirs)]
 
 
-class Rollout:
+class Batch:
     """What was sampled in a step, as flat vectors over its M scored tokens, response after response."""
 
     def __init__(self, groups):
@@ -57,7 +57,7 @@ class Rollout:
 
     def tokens(self, pack, device):
         """The objective's view of a pack."""
-        at, response = pack.where, self.response[pack.where]
+        at, response = pack.flat_index, self.response[pack.flat_index]
         local = torch.unique_consecutive(response, return_inverse=True)[1]
         vectors = [
             self.advantage[at],

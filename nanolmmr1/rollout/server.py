@@ -249,7 +249,7 @@ class ServerSampler:
             raise self._unfit(server, error) from error
         (pack,), _ = pack_groups([group], 1 << 20)
         sampled = torch.cat([response.logp for response in group.responses])
-        error = float((self.policy.score(pack, 1.0)[0].cpu() - sampled[pack.where]).abs().mean())
+        error = float((self.policy.logprobs(pack, 1.0)[0].cpu() - sampled[pack.flat_index]).abs().mean())
         if not error <= TOLERANCE[self.policy.dtype]:
             kind = "with an image" if len(prompt.grid) else "of text"
             raise self._unfit(server, f"its log-probs of a prompt {kind} differ from the policy's by {error:.2g} on "

@@ -27,7 +27,7 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda
     parts, part = dist.size() // sampler.ranks, dist.rank() // sampler.ranks
     for name, (rows, captions) in tasks.items():
         right, error = torch.zeros(2), ""  # right answers, and ranks that are to stop
-        own = rows[dist.share(len(rows), parts, part)]
+        own = rows[dist.my_slice(len(rows), parts, part)]
         with display.busy(f"evaluating {name}", len(own)) as advance:
 
             def told(done, advance=advance):
@@ -52,7 +52,7 @@ def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda
                 error = str(caught)
             if dist.rank() % sampler.ranks:
                 right[0] = 0  # another rank of the same engine has counted these
-            right, stopping = dist.total(right).tolist()
+            right, stopping = dist.all_reduce_sum(right).tolist()
         if stopping:
             raise Preempted
         dist.share_error(error)

@@ -21,7 +21,7 @@ from nanolmmr1.parallel.export import published
 from nanolmmr1.report.record import account
 from nanolmmr1.report.usage import StageTimer
 from nanolmmr1.rollout import SamplingParams
-from nanolmmr1.rollout.batch import Rollout, gather_groups
+from nanolmmr1.rollout.batch import Batch, gather_groups
 from nanolmmr1.update.objective import overlong_penalty, token_advantages, token_weights
 from nanolmmr1.update.pack import build, deal, has_images
 from nanolmmr1.update.policy import learning_rate
@@ -191,7 +191,7 @@ class Trainer:
     def sample(self, indices, cursor, params, timer):
         """Judged groups of these rows, this rank's share made here and the others' gathered."""
         engine = self.sampler.ranks
-        mine = dist.share(len(indices), dist.size() // engine, dist.rank() // engine)
+        mine = dist.my_slice(len(indices), dist.size() // engine, dist.rank() // engine)
         indices, groups, trouble = indices[mine], [], None
         try:
             with timer.stage("data"):
@@ -263,8 +263,8 @@ class Trainer:
         logp = torch.zeros_like(rollout.sampler_logp)
         for pack in (pack for packs in updates for pack in packs):
             self.halt()
-            logp[pack.where] = self.policy.score(pack, self.phase.temperature, model)[0].cpu()
-        return dist.total(logp)
+            logp[pack.flat_index] = self.policy.logprobs(pack, self.phase.temperature, model)[0].cpu()
+        return dist.all_reduce_sum(logp)
 
     def learn(self, updates, rollout):
         """One optimiser step per update; returns what `account` reports of them."""
@@ -282,15 +282,15 @@ class Trainer:
                 if not norms:  # later, some of the step's updates are made: it must be finished
                     self.halt()
                 tokens, ends = rollout.tokens(pack, self.policy.device), (i == last, i == last_image)
-                stats = self.policy.learn(pack, tokens, phase.objective, phase.temperature, ends)
+                stats = self.policy.backward(pack, tokens, phase.objective, phase.temperature, ends)
                 # Kept where they are: nothing waits for the device before the last pack.
-                logps.append((pack.where, stats.pop("logp")))
+                logps.append((pack.flat_index, stats.pop("logp")))
                 told = told + torch.stack([*stats.values()]).double()
-            told = dict(zip(stats, dist.total(told.cpu()).tolist(), strict=True))
+            told = dict(zip(stats, dist.all_reduce_sum(told.cpu()).tolist(), strict=True))
             if rollout.old_logp is None:
                 for where, logp in logps:
                     rollout.first_logp[where] = logp.cpu()
-            norm, updated = self.policy.apply(lr, told["loss"])
+            norm, updated = self.policy.optimizer_step(lr, told["loss"])
             norms.append(norm)
             made.append(updated)
             sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
@@ -298,7 +298,7 @@ class Trainer:
         self.progress.bad_steps = 0 if any(made) else self.progress.bad_steps + 1
         self.progress.skipped_steps += not all(made)
         if rollout.old_logp is None:
-            dist.total(rollout.first_logp)
+            dist.all_reduce_sum(rollout.first_logp)
         return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
 
     def hand_over(self):
@@ -356,4 +356,4 @@ def mismatch_limit(rollout, phase, dtype):
 def _parts(groups, parts):
     """`parts` contiguous shares, as equal as can be; fewer where there are fewer groups."""
     parts = min(parts, len(groups))
-    return [groups[dist.share(len(groups), parts, i)] for i in range(parts)]
+    return [groups[dist.my_slice(len(groups), parts, i)] for i in range(parts)]

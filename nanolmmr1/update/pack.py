@@ -7,7 +7,7 @@ images computed once. The prompt's last token predicts every response's first; i
 expanded to G before the head (`scored`). A response's last token predicts nothing, so it is a target and not an input.
 
 A rollout's scored tokens also form one flat axis of M, response after response; a pack knows where
-its tokens stand on it (`where`). Whatever is per token (advantages, log-probs, weights) is a plain
+its tokens stand on it (`flat_index`). Whatever is per token (advantages, log-probs, weights) is a plain
 (M,) vector, and cutting the rollout into packs is indexing.
 """
 
@@ -61,7 +61,7 @@ class Pack(Prompts):
     fanout: int  # most responses of a prompt
     picks: torch.Tensor  # (N,) int64, where `scored` finds the hidden state that predicts each scored token
     target: torch.Tensor  # (N,) int64
-    where: torch.Tensor  # (N,) int64, the scored token on the rollout's flat axis of M
+    flat_index: torch.Tensor  # (N,) int64, the scored token on the rollout's flat axis of M
     num_scored: int  # N
     num_tokens: int  # T
 
@@ -250,7 +250,7 @@ def build(pieces, patch_dim=0):
         fanout=fanout,
         picks=torch.cat(picks or empty),
         target=torch.cat(target or empty),
-        where=torch.cat(where or empty),
+        flat_index=torch.cat(where or empty),
         num_scored=sum(len(t) for t in target),
         num_tokens=end,
     )

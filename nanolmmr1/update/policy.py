@@ -76,7 +76,7 @@ class Policy:
         sizes = pack.num_tokens, len(pack.patches)
         self.recompute(*to_recompute(self.model.cfg, *sizes, budget, kind, trained))
 
-    def learns(self, freeze):
+    def trainable_names(self, freeze):
         """Names of the tensors that are trained where `freeze` is not.
 
         Raises:
@@ -100,7 +100,7 @@ class Policy:
         Raises:
             UserError: a name in `freeze` that fits no tensor, or nothing left to train.
         """
-        names = self.learns(phase.freeze)
+        names = self.trainable_names(phase.freeze)
         self.model.requires_grad_(False)
         self.trained = {name: p.requires_grad_() for name, p in self.model.named_parameters() if name in names}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
@@ -138,7 +138,7 @@ class Policy:
             return model(pack.ids, pack.positions, attend, *images, impl=self.cfg.pack.attention, then=then)
 
     @torch.no_grad()
-    def score(self, pack, temperature, model=None):
+    def logprobs(self, pack, temperature, model=None):
         """Log-probs and entropies (N,) of the pack's scored tokens, under `model` (default: the policy)."""
         pack = pack.to(self.device)
 
@@ -158,7 +158,7 @@ class Policy:
         reshard(model)
         return scores
 
-    def learn(self, pack, tokens, objective, temperature, last=(True, True)):
+    def backward(self, pack, tokens, objective, temperature, last=(True, True)):
         """Add the pack's gradient; returns the sums of `policy_stats`, with `loss` and the tokens' `logp`, (N,).
 
         Args:
@@ -195,7 +195,7 @@ class Policy:
             reshard(self.model)
         return policy_stats(logp, entropy, tokens, objective) | {"loss": loss.detach(), "logp": logp}
 
-    def apply(self, lr, loss):
+    def optimizer_step(self, lr, loss):
         """Clip and update; returns the gradient's norm before clipping, and whether the update was made.
 
         A non-finite loss or gradient changes nothing but clears the gradient.

@@ -11,7 +11,7 @@ from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
 from nanolmmr1.report.record import mismatch
 from nanolmmr1.rollout import Group, Response
-from nanolmmr1.run.trainer import Rollout
+from nanolmmr1.rollout.batch import Batch
 from nanolmmr1.schema import Objective
 
 PATCHES, GRID = torch.linspace(-1, 1, 4 * 1176).view(4, 1176), torch.tensor([[1, 2, 2]])  # one image, one token
@@ -34,7 +34,7 @@ def rollout_of(*groups):
         made.append(Group(prompt(image), [Response(torch.arange(len(r)), torch.full((len(r),), -2.0), "stop")
                                           for r in responses], judgements=[{"overall": 0.0}] * len(responses)))
         policy += [-2.0 + gap for r in responses for gap in r]
-    rollout = Rollout(made)
+    rollout = Batch(made)
     rollout.first_logp = torch.tensor(policy)
     return rollout
 
