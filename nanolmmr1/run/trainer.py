@@ -18,7 +18,7 @@ from nanolmmr1.data.rows import PromptSampler, open_image
 from nanolmmr1.errors import Preempted, SharedError, UserError
 from nanolmmr1.parallel import dist
 from nanolmmr1.parallel.export import published
-from nanolmmr1.report.record import account
+from nanolmmr1.report.record import step_record
 from nanolmmr1.report.usage import StageTimer
 from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.batch import Batch, gather_groups
@@ -94,7 +94,7 @@ class Trainer:
         with timer.stage("step"):
             # 1. sample, 2. judge: until enough groups can teach something (see collect).
             groups, sampled, cursor = self.collect(timer)
-            rollout = Rollout(groups)
+            rollout = Batch(groups)
 
             # 3. pack: one flat token axis per micro-batch; a group's prompt stands in it once.
             with timer.stage("pack"):
@@ -127,7 +127,7 @@ class Trainer:
         # 6. account: one record, one line on disk.
         learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
         seconds, self.saved_s = timer.seconds() | {"timing_s/save_checkpoint": self.saved_s}, 0.0
-        record = account(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
+        record = step_record(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
         if dist.is_main():
             self.metrics.write(record)
             self.keep_sample(rollout)
