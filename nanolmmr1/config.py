@@ -1,33 +1,41 @@
-"""The typed recipe: one YAML file plus `dotted.key=value` overrides, checked before any work.
+"""Reading of recipes: a YAML file plus `dotted.key=value` overrides, checked before any work.
 
-A recipe lists phases; a phase is data (where rows come from, how many steps, which objective).
-Every number has one home: the dataclass default here, the recipe file, or the command line, in
-rising order of authority. `defaults:` in a recipe is a phase-shaped mapping that each phase starts
-from. The resolved recipe, with every value spelt out, is written to `<output>/recipe.yaml` and
-loads back to itself. The keys themselves are in schema.py.
+The keys are in schema.py. A value comes from the command line, else from the file, else from the schema. Each phase
+starts from the section `defaults`. The resolved recipe, with every value spelt out, is written to
+`<output>/recipe.yaml` and loads back to itself.
 
-Next: train.py, which walks the phases.
+Next: schema.py, every key.
 """
 
-import dataclasses
 import difflib
-import math
 import re
-import types
-import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from nanolmmr1.errors import UserError
-from nanolmmr1.schema import ALGORITHMS, ALIASES, CHOICES, GRPO, MOST, MOST_TOKENS, POSITIVE, Phase, Recipe
+from nanolmmr1.schema import ALIASES, Phase, Recipe, Section, read_number
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 MAX_BYTES = 4 << 20  # of a recipe file
 MAX_NODES = 100_000  # values of a recipe, aliases (`*name`) written out: a few lines of them can mean billions
+MAX_TOKENS = 1 << 31  # of a step, if every response is as long as allowed
+TAGS = ("<str>", "<list>")  # of schema.Files, in the locations of errors
+NEEDED = {
+    "string_type": "str is needed", "int_type": "int is needed", "bool_type": "bool is needed",
+    "list_type": "list is needed", "dict_type": "dict is needed", "union_tag_not_found": "str or list is needed",
+    "float_type": "a number is needed", "finite_number": "a number is needed, not inf or nan",
+    "greater_than": "a number above {gt:g} is needed", "greater_than_equal": "a number of {ge:g} or more is needed",
+    "string_pattern_mismatch": "it holds a zero byte, which no name or text may",
+    "string_unicode": "it is not valid Unicode",
+}  # fmt: skip
 
 
-def load(recipe="desk", overrides=()):
+def load(recipe: str = "desk", overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe by name or path, apply `key=value` overrides, check and resolve it.
 
     Raises:
@@ -46,13 +54,16 @@ def load(recipe="desk", overrides=()):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
     for override in overrides:
         _apply(tree, override)
-    phases, defaults = tree.pop("phases", None) or {}, tree.get("defaults") or {}
+    phases, defaults = tree.get("phases") or {}, tree.get("defaults") or {}
     if not isinstance(phases, dict):
         raise UserError(f"phases must be a mapping, name -> phase; got {type(phases).__name__}")
-    cfg = _build(Recipe, tree, "", list(phases))
-    for name, own in phases.items():
+    for name in phases:
         check_name("phases", str(name))
-        cfg.phases[str(name)] = _build(Phase, _merged(defaults, own or {}), f"phases.{name}.", [name])
+    phases = tree["phases"] = {str(name): _merged(defaults, phase or {}) for name, phase in phases.items()}
+    try:
+        cfg = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], list(phases))) from error
     cfg.name = cfg.name or path.stem
     check_name("name", cfg.name, dots=True)
     cfg.output = cfg.output or f"runs/{cfg.name}"
@@ -60,107 +71,123 @@ def load(recipe="desk", overrides=()):
     return cfg
 
 
-def resolve(cfg):
-    """Fill what is derived, and refuse what cannot work."""
-    if not cfg.model:
-        raise UserError("model is empty: give a Qwen2.5-VL folder or hub id, as in model=Qwen/Qwen2.5-VL-3B-Instruct")
-    if not cfg.phases or "start" in cfg.phases:
-        raise UserError(f"phases={list(cfg.phases)}: give at least one, and none called start, as the moment before is")
-    if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
-        raise UserError(f"optim.betas={cfg.optim.betas}: two numbers in [0, 1) are needed")
-    if cfg.prompt.min_pixels > cfg.prompt.max_pixels:
-        raise UserError(f"prompt.min_pixels={cfg.prompt.min_pixels} exceeds prompt.max_pixels={cfg.prompt.max_pixels}")
-    if cfg.rollout.engine != "local" and cfg.rollout.timeout_s >= cfg.dist.timeout_s:
-        raise UserError(f"rollout.timeout_s={cfg.rollout.timeout_s:g} is not below dist.timeout_s="
-                        f"{cfg.dist.timeout_s:g}: a rank that waits so long for responses keeps the others in a "
-                        "collective, which would end them without a checkpoint; raise dist.timeout_s")
-    for name, phase in cfg.phases.items():
-        objective, where = phase.objective, f"phases.{name}"
-        engine = dict(tis_cap=0.0 if cfg.rollout.engine == "local" else 2.0)
-        for key, value in (GRPO | engine | ALGORITHMS[objective.algorithm]).items():
-            if getattr(objective, key) is None:
-                setattr(objective, key, value)
-        truncated, dual = phase.top_p < 1 or phase.top_k > 0, objective.clip_ratio_dual
-        cap, floor, mode = objective.tis_cap, objective.tis_floor, objective.tis_mode
-        for wrong, message in (
-            (not phase.data, ".data is empty: give a file, folder or hub id"),
-            (phase.prompts_per_step * phase.group_size * phase.max_response_tokens > MOST_TOKENS,
-             f": prompts_per_step={phase.prompts_per_step} x group_size={phase.group_size} x max_response_tokens="
-             f"{phase.max_response_tokens} tokens a step are more than {MOST_TOKENS:,}; lower one of them"),
-            (phase.group_size == 1, f".group_size=1: {objective.adv_estimator} compares responses; use 2 or more"),
-            (objective.kl_place == "reward" and objective.kl_estimator != "k1",
-             f".objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1"),
-            (0 < dual <= 1, f".objective.clip_ratio_dual={dual}: more than 1, or 0 for off"),
-            (phase.top_p > 1, f".top_p={phase.top_p}: at most 1"),
-            (cfg.rollout.engine != "local" and 0 < phase.temperature < 0.01,
-             f".temperature={phase.temperature}: vLLM would sample at 0.01"),
-            (cap and not floor <= 1 <= cap, f".objective.tis_floor={floor}, tis_cap={cap}: 1 must lie between, the "
-             "weight of a token that the sampler and the policy agree on; or tis_cap=0 for off"),
-            (not cap and (floor or mode != "token_truncate"), f".objective.tis_mode={mode}, tis_floor={floor} do "
-             "nothing with tis_cap=0, which is rollout.engine=local's default: set objective.tis_cap"),
-            (truncated and cap and not objective.tis_with_truncated_sampling, f": top_p={phase.top_p}, "
-             f"top_k={phase.top_k} make importance weights against the sampler wrong; set top_p=1 top_k=0, or "
-             "objective.tis_cap=0, or accept it with objective.tis_with_truncated_sampling=true"),
-            (phase.prompts_per_step < phase.updates_per_rollout, f".updates_per_rollout={phase.updates_per_rollout} "
-             f"exceeds prompts_per_step={phase.prompts_per_step}; a group is never split over updates"),
-        ):
-            if wrong:
-                raise UserError(f"{where}{message}")
+def resolve(cfg: Recipe) -> None:
+    """Fill in the values that depend on other sections, and refuse impossible combinations.
+
+    Raises:
+        UserError: the values that cannot be combined, and the cure.
+    """
+    for phase in cfg.phases.values():
+        if phase.objective.tis_cap is None:
+            phase.objective.tis_cap = 0.0 if cfg.rollout.engine == "local" else 2.0
+    for problem in _problems(cfg):
+        raise UserError(problem)
     for key in ("max_response_tokens", "max_prompt_tokens"):
         if getattr(cfg.evaluate, key) is None:
             setattr(cfg.evaluate, key, max(getattr(phase, key) for phase in cfg.phases.values()))
+
+
+def _problems(cfg: Recipe) -> Iterator[str]:
+    prompt, rollout, dist = cfg.prompt, cfg.rollout, cfg.dist
+    if not cfg.model:
+        yield "model is empty: give a Qwen2.5-VL folder or hub id, as in model=Qwen/Qwen2.5-VL-3B-Instruct"
+    if not cfg.phases or "start" in cfg.phases:
+        yield f"phases={list(cfg.phases)}: give at least one, and none called start, which names the moment before"
+    if len(cfg.optim.betas) != 2 or max(cfg.optim.betas) >= 1:
+        yield f"optim.betas={cfg.optim.betas}: two numbers in [0, 1) are needed"
+    if prompt.min_pixels > prompt.max_pixels:
+        yield f"prompt.min_pixels={prompt.min_pixels} exceeds prompt.max_pixels={prompt.max_pixels}"
+    if rollout.engine != "local" and rollout.timeout_s >= dist.timeout_s:
+        yield (f"rollout.timeout_s={rollout.timeout_s:g} is not below dist.timeout_s={dist.timeout_s:g}: while a rank "
+               "waits for responses, the others wait in a collective, which would time out first and end the run "
+               "without a checkpoint; raise dist.timeout_s")
+    for name, phase in cfg.phases.items():
+        for problem in _phase_problems(phase, rollout.engine):
+            yield f"phases.{name}{problem}"
     for name, task in cfg.evaluate.tasks.items():
-        check_name("evaluate.tasks", str(name))
+        check_name("evaluate.tasks", name)
         good = isinstance(task, dict) and not set(task) - {"data", "captions"} and task.get("data")
-        if not (good and isinstance(task["data"], (str, list)) and isinstance(task.get("captions", False), bool)):
-            raise UserError(f"evaluate.tasks.{name}={task!r}: give {{data: FILE, captions: true or false}}")
+        if not (good and isinstance(task["data"], str | list) and isinstance(task.get("captions", False), bool)):
+            yield f"evaluate.tasks.{name}={task!r}: give {{data: FILE, captions: true or false}}"
 
 
-def check_name(key, name, dots=False):
-    """Names of phases, tasks and runs become names of files and parts of dotted keys.
+def _phase_problems(phase: Phase, engine: str) -> Iterator[str]:
+    prompts, size, top_p, top_k = phase.prompts_per_step, phase.group_size, phase.top_p, phase.top_k
+    objective = phase.objective
+    cap, floor, mode, dual = objective.tis_cap, objective.tis_floor, objective.tis_mode, objective.clip_ratio_dual
+    if not phase.data:
+        yield ".data is empty: give a file, folder or hub id"
+    if prompts * size * phase.max_response_tokens > MAX_TOKENS:
+        yield (f": prompts_per_step={prompts} x group_size={size} x max_response_tokens={phase.max_response_tokens} "
+               f"tokens a step are more than {MAX_TOKENS:,}; lower one of them")
+    if size == 1:
+        yield f".group_size=1: {objective.adv_estimator} compares responses; use 2 or more"
+    if objective.kl_place == "reward" and objective.kl_estimator != "k1":
+        yield f".objective.kl_estimator={objective.kl_estimator}: KL in the reward is k1"
+    if 0 < dual <= 1:
+        yield f".objective.clip_ratio_dual={dual}: more than 1, or 0 for off"
+    if engine != "local" and phase.temperature < 0.01:
+        yield f".temperature={phase.temperature}: vLLM would sample at 0.01"
+    if cap and not floor <= 1 <= cap:
+        yield (f".objective.tis_floor={floor}, tis_cap={cap}: 1 must lie between, the weight of a token on which "
+               "sampler and policy agree; or tis_cap=0 for off")
+    if not cap and (floor or mode != "token_truncate"):
+        yield (f".objective.tis_mode={mode}, tis_floor={floor} do nothing with tis_cap=0, the default of "
+               "rollout.engine=local: set objective.tis_cap")
+    if cap and (top_p < 1 or top_k > 0) and not objective.tis_with_truncated_sampling:
+        yield (f": top_p={top_p}, top_k={top_k} make importance weights against the sampler wrong; set top_p=1 "
+               "top_k=0, or objective.tis_cap=0, or accept it with objective.tis_with_truncated_sampling=true")
+    if prompts < phase.updates_per_rollout:
+        yield (f".updates_per_rollout={phase.updates_per_rollout} exceeds prompts_per_step={prompts}; a group is never "
+               "split over updates")
+
+
+def check_name(key: str, name: str, dots: bool = False) -> None:
+    """Refuse a name of a phase, task or run that cannot be part of a file name and of a dotted key.
 
     Raises:
-        UserError: the name is not plain.
+        UserError: the name and what is allowed.
     """
     if not re.fullmatch(r"\w[\w +()=%s-]*" % (".," * dots), name) or len(name.encode()) > 150:  # noqa: UP031
-        raise UserError(
-            f"{key}: {name!r:.200} is not a plain name: at most 150 bytes of letters, digits, spaces and _+()=- are "
-            f"wanted{' (and dots)' if dots else ''}, a letter, digit or _ first"
-        )
+        raise UserError(f"{key}: {name!r:.200} is not a plain name: at most 150 bytes of letters, digits, spaces and "
+                        f"_+()=-{'.,' * dots} are possible, beginning with a letter, a digit or _")
 
 
-def dump(cfg):
+def dump(cfg: Recipe) -> str:
     """The resolved recipe as YAML, without credentials. `load` of it gives the same recipe."""
-    tree = dataclasses.asdict(cfg)
-    del tree["defaults"]
+    tree = cfg.model_dump(exclude={"defaults"})
     tree["rollout"]["servers"] = [without_credentials(url) for url in tree["rollout"]["servers"]]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def without_credentials(url):
-    """A server's URL less USER:PASSWORD@ or KEY@; text that is no URL comes back as it is, up to its last @."""
+def without_credentials(url: str) -> str:
+    """A server's URL less USER:PASSWORD@ or KEY@. Text that is no URL loses everything up to its last @."""
     scheme, slashes, rest = url.rpartition("://")
     return scheme + slashes + rest.rpartition("@")[2]
 
 
-def known_keys():
-    """[(dotted key, default, help)] of every key, phases as `phases.<name>.*`, for `--help`."""
-    def walk(cls, prefix):
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(f.type):
-                yield from walk(f.type, f"{prefix}{f.name}.")
-            else:
-                made = f.default is dataclasses.MISSING
-                yield prefix + f.name, f.default_factory() if made else f.default, f.metadata["help"]
-    keys = [k for k in walk(Recipe, "") if not k[0].startswith(("defaults.", "phases"))]
-    return keys + list(walk(Phase, "phases.<name>."))
+def known_keys() -> list[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every key, phases as `phases.<name>.*`, for `--help`."""
+    keys = [key for key in _keys(Recipe(), "") if not key[0].startswith(("defaults.", "phases"))]
+    return keys + list(_keys(Phase(), "phases.<name>."))
+
+
+def _keys(section: Section, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for name, field in type(section).model_fields.items():
+        default = getattr(section, name)
+        if isinstance(default, Section):
+            yield from _keys(default, f"{prefix}{name}.")
+        else:
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            listed = f"[{' | '.join(filter(None, choices))}] " if choices else ""
+            yield prefix + name, default, f"{listed}{field.description}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no mapping has a key twice: the second would win without a word."""
+    """Safe YAML that refuses a repeated key; plain YAML keeps the last value."""
 
-    def construct_mapping(self, node, deep=False):
-        seen = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.tag != "tag:yaml.org,2002:merge" and seen.setdefault((key.tag, str(key.value)), key) is not key:
                 problem = f"the key {str(key.value)!r:.100} stands there twice"
@@ -168,8 +195,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text, where):
-    """The tree in YAML text (str, or bytes in UTF-8 or UTF-16).
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """The tree in YAML text (bytes: UTF-8 or UTF-16). `where` names the text in errors.
 
     Raises:
         UserError: unreadable, a key twice in one mapping, or more than MAX_NODES values.
@@ -177,21 +204,24 @@ def read_yaml(text, where):
     try:
         tree = yaml.load(text, _Loader)  # noqa: S506, derived from SafeLoader
         _count(tree, MAX_NODES)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, a huge integer
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, a huge integer
         raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())[:500]}") from error
     return tree
 
 
-def _count(tree, left):
-    """`left` less the values in a tree. Raises ValueError where it runs out."""
+def _count(tree: Any, left: int) -> int:
+    """`left` less the values in a tree. Raises ValueError below 1, and for integers too long to print."""
     if left <= 0:
         raise ValueError(f"it holds more than {MAX_NODES:,} values, aliases written out")
-    for part in [*tree, *tree.values()] if isinstance(tree, dict) else tree if isinstance(tree, list | set) else ():
-        left = _count(part, left - 1)
+    if isinstance(tree, int) and tree.bit_length() > 10_000:
+        raise ValueError("it holds an integer of more than 3,000 digits")
+    for value in [*tree, *tree.values()] if isinstance(tree, dict) else tree if isinstance(tree, list | set) else ():
+        left = _count(value, left - 1)
     return left
 
 
-def _apply(tree, override):
+def _apply(tree: Any, override: str) -> None:
+    """Set the value of `dotted.key=value` in a tree."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override: write dotted.key=value")
@@ -206,44 +236,48 @@ def _apply(tree, override):
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise UserError(f"{key}: {parent!r} holds a value, not a section")
-    # Only YAML scalars and flow collections are wanted; "a: b" stays text.
     value = read_yaml(text, f"the value of {key}")
+    # "a: b" stays text: mappings must be written as {a: b}.
     tree[leaf] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
-def _merged(base, own):
-    if not (isinstance(base, dict) and isinstance(own, dict)):
-        return own
-    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+def _merged(defaults: Any, phase: Any) -> Any:
+    """A phase on top of the defaults, section by section."""
+    if not (isinstance(defaults, dict) and isinstance(phase, dict)):
+        return phase
+    return defaults | {key: _merged(defaults.get(key), value) for key, value in phase.items()}
 
 
-def _build(cls, tree, where, phases):
-    if not isinstance(tree, dict):
-        raise UserError(f"{where.rstrip('.') or 'the recipe'} must be a mapping of keys, got {tree!r:.200}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in tree.items():
-        if key not in fields:
-            raise UserError(f"unknown key {where}{key}: did you mean {_nearest(f'{where}{key}', value, phases)}? "
-                            "(python train.py --help lists all)")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            values[key] = _build(kind, value or {}, f"{where}{key}.", phases)
-        else:
-            values[key] = _value(kind, value, key, where)
-    return cls(**values)
+def _explain(error: ErrorDetails, phases: list[str]) -> str:
+    """A pydantic error in one line: dotted key, value, and requirement."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    location = (*error["loc"][:-1], str(value)) if kind == "invalid_key" else error["loc"]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location if step not in TAGS]
+    name = "".join(steps).removeprefix(".")
+    if kind in ("extra_forbidden", "invalid_key"):
+        nearest = _nearest(name, value, phases)
+        return f"unknown key {name}: did you mean {nearest}? (python train.py --help lists all)"
+    if kind == "model_type":
+        return f"{name} must be a mapping of keys, got {value!r:.200}"
+    if kind == "less_than_equal":
+        return f"{name}={read_number(value):.6g}: at most {int(context['le']):,} is possible"
+    if kind == "literal_error":
+        wrong_type = "" if isinstance(value, str) else "str is needed, "
+        return f"{name}={value!r:.200}: {wrong_type}one of {context['expected'].replace(' or ', ', ')} is needed"
+    return f"{name}={value!r:.200}: {NEEDED.get(kind, error['msg']).format(**context)}"
 
 
-def _nearest(key, value, phases):
+def _nearest(key: str, value: Any, phases: list[str]) -> str:
     """The known key that an unknown one most likely means: another trainer's name, the same last word, or close to it.
 
     Args:
-        value: of the key; where it is a section, its first key is the one that is meant. phases: names of phases.
+        value: of the key; of a section, the first key inside is looked up. phases: names of phases.
     """
     while isinstance(value, dict) and value:
         inner, value = next(iter(value.items()))
         key = f"{key}.{inner}"
-    leaf, phase = key.rpartition(".")[2], f"phases.{phases[0] if phases else '<name>'}."
+    leaf, inside = key.rpartition(".")[2], re.match(r"defaults\.|phases\.[^.]+\.", key)
+    phase = inside[0] if inside else f"phases.{phases[0] if phases else '<name>'}."
     known = [known.replace("phases.<name>.", phase) for known, _, _ in known_keys()]
     if leaf in ALIASES:
         return re.sub(r"^phases\.", lambda _: phase, ALIASES[leaf])
@@ -253,38 +287,3 @@ def _nearest(key, value, phases):
     leaves = {each.rpartition(".")[2]: each for each in reversed(known)}
     near = difflib.get_close_matches(leaf, leaves, 1, 0.75) if "." not in key else []
     return leaves[near[0]] if near else difflib.get_close_matches(key, known, 1, 0.0)[0]
-
-
-def _value(kind, value, key, where):
-    """The value as `kind`: a plain type, a list of one, or a union of these."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    elements = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is list]
-    kinds = tuple(typing.get_origin(k) or k for k in kinds)
-    name = f"{where}{key}"
-    if isinstance(value, str) and float in kinds:
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-6 as text
-        except ValueError:
-            raise UserError(f"{name}={value!r:.200}: a number is needed") from None
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        value = float(value) if abs(value) < 10**300 else math.inf  # which is refused below
-    if str in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a folder called 7
-    if value is None and types.NoneType not in kinds:  # `key=` empties it
-        value = next((k() for k in (str, list, dict) if k in kinds), None)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("none" if k is types.NoneType else k.__name__ for k in kinds)
-        raise UserError(f"{name}={value!r:.200}: {wanted} is needed")
-    if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{name}={value!r:.200}: it holds a zero byte, which no name or text may")
-    if isinstance(value, list):
-        return [_value(elements[0], item, f"{key}[{i}]", where) for i, item in enumerate(value)]
-    if value is not None and key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"{name}={value!r:.200}: one of {', '.join(repr(c) for c in CHOICES[key])} is needed")
-    positive = key in POSITIVE
-    if isinstance(value, (int, float)) and not (0 <= value < math.inf and (value or not positive)):
-        raise UserError(f"{name}={value}: a number {'above 0' if positive else 'of 0 or more'} is needed")
-    most = MOST.get(key, 2**31 - 1 if isinstance(value, int) else math.inf)
-    if isinstance(value, (int, float)) and value > most:
-        raise UserError(f"{name}={value:.6g}: at most {most:,} is possible")
-    return value

@@ -1,6 +1,5 @@
 """The recipe: what is written comes back, what is wrong is named with its cure."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -13,7 +12,7 @@ import yaml
 from nanolmmr1 import config
 from nanolmmr1.config import load
 from nanolmmr1.errors import UserError
-from nanolmmr1.schema import ALGORITHMS, ALIASES, Objective, Phase, Recipe
+from nanolmmr1.schema import ALGORITHMS, ALIASES, Objective, Phase, Recipe, Section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIVEN = ["model=folder", "phases.train.data=rows.jsonl"]
@@ -34,7 +33,7 @@ def test_every_recipe_loads_and_comes_back_from_its_dump(name, tmp_path):
     cfg = load(name, GIVEN if name == "single" else [])
     assert cfg.name == name and cfg.output == f"runs/{name}" and cfg.phases
     again = load(recipe_file(tmp_path, config.dump(cfg)))
-    assert again == dataclasses.replace(cfg, defaults=again.defaults)
+    assert again == cfg.model_copy(update={"defaults": again.defaults})
     assert config.dump(again) == config.dump(cfg)
 
 
@@ -202,6 +201,14 @@ WRONG = {  # override -> words of the message
     "pack.tokens_per_micro_batch=99999999999": "at most 2,147,483,647",
     f"phases.train.lr={10**400}": "phases.train.lr=inf: a number",
     f"seed={2**63}": "at most 9,223,372,036,854,775,807",
+    f"seed={10**400}": "seed=inf: at most 9,223,372,036,854,775,807",
+    f"seed=0x{'f' * 6000}": "it holds an integer of more than 3,000 digits",
+    "rollout.sleep_level=true": "rollout.sleep_level=True: int is needed",
+    "dtype=16": "dtype=16: str is needed, one of 'auto', 'float32', 'bfloat16'",
+    "checkpoint.every_minutes=.nan": "checkpoint.every_minutes=nan: a number is needed",
+    "optim=[]": "optim must be a mapping of keys, got []",
+    "defaults.lrr=1": "unknown key defaults.lrr: did you mean defaults.lr?",
+    'output="\\uD800"': "it is not valid Unicode",
     'output="a\\0b"': "it holds a zero byte",
     'phases.train.data=["a", "a\\0b"]': "phases.train.data[1]='a\\x00b': it holds a zero byte",
     "steps=3": "unknown key steps: did you mean phases.train.steps?",
@@ -388,12 +395,11 @@ def test_a_recipe_that_does_not_exist_names_those_that_do():
 
 
 def leaves(value, prefix=""):
-    for f in dataclasses.fields(value):
-        inner = getattr(value, f.name)
-        if dataclasses.is_dataclass(inner):
-            yield from leaves(inner, f"{prefix}{f.name}.")
+    for name, inner in value:
+        if isinstance(inner, Section):
+            yield from leaves(inner, f"{prefix}{name}.")
         else:
-            yield prefix + f.name, inner
+            yield prefix + name, inner
 
 
 def test_known_keys_are_all_fields_with_their_defaults_and_a_word_of_help():
@@ -402,6 +408,18 @@ def test_known_keys_are_all_fields_with_their_defaults_and_a_word_of_help():
     known = config.known_keys()
     assert {key: default for key, default, _ in known} == expected and len(known) == len(expected)
     assert all(text for _, _, text in known)
+
+
+def test_a_choice_is_shown_with_all_that_may_be_chosen():
+    helps = {key: text for key, _, text in config.known_keys()}
+    assert helps["optim.schedule"].startswith("[constant | cosine] ") and helps["world"].startswith("[desk] ")
+
+
+def test_recipes_share_no_defaults():
+    one, other = Recipe(), Recipe()
+    one.defaults.objective.kl_coef, one.optim.betas[0] = 5.0, 0.5
+    one.evaluate.tasks["t"] = {}
+    assert other == Recipe() and Phase() == other.defaults
 
 
 def test_every_known_key_can_be_set_to_its_default():
