@@ -1,1 +1,1 @@
-"""Speed and memory of what is worth measuring, each checked before it is timed. `python -m bench` runs all."""
+"""Benchmarks of the kernels and the samplers; results are checked before they are timed. `python -m bench` runs all."""

@@ -1,12 +1,14 @@
-"""All benches, or some: python -m bench [OP ...] [--json FILE] [--plot DIR] [--only NAME]
+"""Command line of the benchmarks.
 
-On a GPU prefer one process per op, since a kernel that breaks the CUDA context takes its process with it:
+    python -m bench [OP ...] [--json FILE] [--plot DIR] [--only NAME]
+
+On a GPU prefer one process per op, since a kernel that breaks the CUDA context ends its process:
 
     for op in linear_loss linear_logprob attention mrope rmsnorm swiglu rollout; do
         python -m bench.$op
     done
 
-or what waits for a GPU in one call, python -m bench.gpu.
+or all GPU measurements in one call: python -m bench.gpu.
 """
 
 import itertools
@@ -26,7 +28,7 @@ OPS = {
 
 
 def run(argv):
-    """Exit status of the ops that `argv` begins with, of all where it names none."""
+    """Run the ops named at the beginning of `argv`, by default all; returns the exit status."""
     named = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     if unknown := [name for name in named if name not in (*OPS, "rollout")]:
         raise ValueError(f"no bench is named {', '.join(unknown)}: there are {', '.join((*OPS, 'rollout'))}")
@@ -36,7 +38,7 @@ def run(argv):
     ops = {name: OPS[name] for name in named if name != "rollout"}
     status = main(ops, options) if ops else 0
     if "rollout" in named:
-        from bench import rollout  # the only one that needs the trainer's packages
+        from bench import rollout  # imported here, since it needs the trainer's packages
 
         print("\nrollout", flush=True)
         rollout.main()

@@ -1,10 +1,12 @@
-"""Packed attention of both towers: python -m bench.attention [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of packed attention, both towers.
 
-A pack is sequences one after another, an image's windows, or a prompt with the responses that share it. Libraries that
-cannot share a prompt get the same group with the prompt repeated for each response, which computes the same outputs
-and, once the copies' gradients are added (untimed), the same gradients; their rate is by the shared form's work.
-All but one copy of the prompt (7 of 8) get an upstream gradient of zeros, and products with zeros draw less power,
-which slightly flatters their backward.
+    python -m bench.attention [--json FILE] [--plot DIR] [--only NAME]
+
+A pack is a row of sequences, the windows of an image, or a prompt with the responses that share it. Libraries without
+shared prompts get the same group with the prompt repeated for each response. This computes the same outputs and, after
+the copies' gradients are added (untimed), the same gradients; their rate is computed from the work of the shared form.
+All but one copy of the prompt (7 of 8) get an upstream gradient of zeros, and products with zeros draw less power, so
+their backward appears slightly too fast.
 
 Next: mrope.py.
 """
@@ -21,11 +23,11 @@ from nanolmmr1.kernels import attention as kernel
 VISION, LANGUAGE = (16, 16, 80), (16, 2, 128)  # q heads, kv heads, head dim of Qwen2.5-VL-3B
 WINDOW = 64  # patches, 112 pixels square
 GROUPS = ((1400, 400, 8), (600, 800, 8), (1400, 1024, 8), (2800, 512, 8), (400, 2000, 8))  # prompt, response, count
-BLOCK = 1024  # queries at a time in gold
+BLOCK = 1024  # queries of a block in gold
 
 
 def chain(lengths, causal, prefix=0):
-    """Spans one after another; with a prefix, the first `prefix` tokens are seen by all that follow."""
+    """Consecutive spans; with a prefix, the first `prefix` tokens are visible to all later ones."""
     rows, start = [[0, prefix, 0, prefix, 0, 0, 1]] if prefix else [], prefix
     for length in lengths:
         rows.append([start, start + length, start, start + length, 0, prefix, causal])
@@ -34,7 +36,7 @@ def chain(lengths, causal, prefix=0):
 
 
 def shapes(device):
-    """(family, name, heads, span table), at a quarter of the lengths on a CPU."""
+    """(family, name, heads, span table); a CPU gets a quarter of the lengths."""
     cut = 1 if device == "cuda" else 4
     for tokens in (2048, 4096, 8192) if device == "cuda" else (512,):
         yield "causal", f"causal, {tokens:,} tokens", LANGUAGE, chain([tokens], 1)
@@ -50,13 +52,13 @@ def shapes(device):
 
 
 def visible(table):
-    """(query, key) pairs that attend."""
+    """Number of visible (query, key) pairs."""
     own = sum((q1 - q0) * (k1 - k0 + causal) // (1 + causal) for q0, q1, k0, k1, _, _, causal in table)
     return own + sum((q1 - q0) * (p1 - p0) for q0, q1, _, _, p0, p1, _ in table)
 
 
 def seen_by(table, tokens):
-    """(4, T): first and last + 1 of the own keys a query sees, then of the prefix's."""
+    """(4, T): first and last + 1 of the own keys that each query sees, then of the prefix keys."""
     seen = torch.zeros(4, tokens, dtype=torch.int64)
     for q0, q1, k0, k1, p0, p1, causal in table:
         seen[:, q0:q1] = torch.tensor([[k0], [k1], [p0], [p1]])
@@ -69,11 +71,11 @@ def repeated(table):
     """The group with its prompt repeated.
 
     Returns:
-        for each row the shared pack's row, whether it is that row's first copy, and the lengths of the sequences.
+        for each row its row in the shared pack, whether it is the first copy of that row, and the sequence lengths.
     """
     index, lengths = [], []
     for q0, q1, _, _, p0, p1, _ in table:
-        if p1 > p0 or not any(row[5] for row in table):  # a prompt by itself goes with its responses
+        if p1 > p0 or not any(row[5] for row in table):  # skip a prompt that its responses repeat
             index += [torch.arange(p0, p1), torch.arange(q0, q1)]
             lengths.append(p1 - p0 + q1 - q0)
     index = torch.cat(index)
@@ -84,7 +86,7 @@ def repeated(table):
 
 
 def gold(q, k, v, table, upstream):
-    """Output and gradients, a block of queries at a time, so that no score matrix is ever whole."""
+    """Output and gradients, computed in blocks of queries, so that the whole score matrix is never allocated."""
     q, k, v, upstream = (wider(x) for x in (q, k, v, upstream))
     out, group, scale = torch.zeros_like(q), q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     for q0, q1, k0, k1, p0, p1, causal in table:
@@ -103,7 +105,7 @@ def gold(q, k, v, table, upstream):
 
 
 def ops(q_k_v, table, upstream):
-    """name -> Op of everyone who can compute this pack."""
+    """name -> Op of every implementation that can compute this pack."""
     q, device, tokens, causal = q_k_v[0], upstream.device.type, len(upstream), bool(table[-1][6])
     spans, on_gpu = kernel.Spans(torch.tensor(table), tokens), "" if device == "cuda" else providers.GPU_ONLY
     longest = max((q1 - q0) * (k1 - k0 + p1 - p0) for q0, q1, k0, k1, p0, p1, _ in table)
@@ -115,7 +117,7 @@ def ops(q_k_v, table, upstream):
     index, first, lengths = repeated(table)
     sharing = len(index) > tokens
     like = {}
-    if sharing:  # every copy but the first gets no gradient from above
+    if sharing:  # only the first copy gets an upstream gradient
         at, rows = index.to(q.device), first.to(q.device)
         like = {
             "inputs": [x.detach()[at].requires_grad_() for x in q_k_v],
@@ -148,8 +150,8 @@ def cases(device, dtype):
             for heads in (q_heads, kv_heads, kv_heads)
         )
         upstream = torch.randn_like(q, requires_grad=False)
-        product = 2.0 * visible(table) * q_heads * dim  # FLOPs; two forward, five backward as the scores are made again
-        tensor = q.element_size() * tokens * dim  # bytes a head; q and out, then these again and two gradients
+        product = 2.0 * visible(table) * q_heads * dim  # FLOPs; two forward, five backward, which recomputes the scores
+        tensor = q.element_size() * tokens * dim  # bytes per head; q and out, then these again and two gradients
         work = (
             (2 * product, tensor * (2 * q_heads + 2 * kv_heads)),
             (5 * product, tensor * (4 * q_heads + 4 * kv_heads)),

@@ -1,7 +1,9 @@
-"""What a bare machine without network lacks, as a folder to carry there: python -m bench.gpu prepare [--to .gpu]
+"""Offline dependencies for a GPU host without network, in one folder.
 
-Wheels, the embedded world with its cold start, and an assembler for Triton that is younger than the one in the wheels
-of torch 2.11: up to 12.9, and 13.0, it can corrupt products whose left operand is in registers on Hopper.
+    python -m bench.gpu prepare [--to .gpu]
+
+The folder has wheels, the desk recipe's data and cold-started model, and a newer ptxas for Triton: the one in the
+wheels of torch 2.11 (up to 12.9, and 13.0) can corrupt products whose left operand is in registers on Hopper.
 """
 
 import json
@@ -15,19 +17,19 @@ import zipfile
 from pathlib import Path
 
 WHEELS = "math-verify==0.9.0", "latex2sympy2-extended==1.11.0", "antlr4-python3-runtime==4.13.2"
-OTHERS = "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"  # whom our kernels are compared with
+OTHERS = "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"  # libraries compared with our kernels
 ASSEMBLER = "nvidia-cuda-nvcc==13.5.37"
 LARGEST = 64e6  # bytes
 
 
 def prepare(folder):
-    """Fill the folder; what is there already stays. git is told to leave it alone.
+    """Fill the folder with the files that are missing. git ignores it.
 
     Returns:
         its size in bytes.
 
     Raises:
-        ValueError: a wheel cannot be had, or all of it is too large to carry.
+        ValueError: a wheel cannot be downloaded, or the folder is too large.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
@@ -61,16 +63,16 @@ def download(what, folder, *options):
 
 
 def unpack(folder, scratch, new_assembler=False):
-    """Put what was carried to use.
+    """Install the contents of the folder.
 
     Args:
-        scratch: a folder that outlives the runs; the world comes to `scratch/world`.
+        scratch: a folder that outlives the runs; the world is extracted to `scratch/world`.
 
     Returns:
-        environment variables that make Python and Triton find it; none where the folder is not there.
+        environment variables for Python and Triton; empty if there is no folder.
 
     Raises:
-        ValueError: the new assembler is asked for and was not carried.
+        ValueError: the new assembler is requested and is not in the folder.
     """
     found = {}
     if wheels := sorted(folder.glob("*.whl")):
@@ -93,7 +95,7 @@ def unpack(folder, scratch, new_assembler=False):
 
 
 def give_world(run, world):
-    """Make a run folder whose world is another folder, if that is there; else the run makes its own."""
+    """Create a run folder with a link to an existing world; without one, the run builds it."""
     from nanolmmr1.run.run_folder import claim
 
     claim(run)
@@ -102,9 +104,9 @@ def give_world(run, world):
 
 
 def whole_world(world):
-    """The desk recipe's world; its cold start takes about two minutes on two cores."""
+    """Build the desk recipe's world; the cold start takes about two minutes on two cores."""
     from nanolmmr1 import schema
-    from nanolmmr1.desk import build
+    from nanolmmr1.desk.world import build
     from nanolmmr1.report.display import Display
 
     world.mkdir(parents=True)
@@ -112,7 +114,7 @@ def whole_world(world):
 
 
 def tiny_world(world, rows=4):
-    """Files of the same names, of a few rows and a model that was taught nothing."""
+    """Build files of the same names with a few rows and an untrained model."""
     from PIL import Image
 
     from nanolmmr1.desk import cold_start

@@ -1,16 +1,17 @@
-"""All that waits for a GPU, in one call of ten minutes: python -m bench.gpu [--part NAME ...] [--out DIR] [--dry]
+"""All GPU measurements and tests in one call of ten minutes.
 
-Each part is a process of its own with its own time, so that a kernel that breaks the CUDA context takes nothing else
-with it, and what a part has printed and measured before it ends is kept. DIR holds each part's log and rows; after each
-part verdicts.json and verdicts.txt answer the questions of verdict.py by all rows so far. `--dry` does the same on a
-CPU and on tiny shapes.
+    python -m bench.gpu [--part NAME ...] [--out DIR] [--dry]
+
+Each part is a separate process with a time limit, so that a kernel that breaks the CUDA context ends only its part, and
+everything printed and measured before stays. DIR has each part's log and rows; after each part verdicts.json and
+verdicts.txt answer the questions of verdict.py from all rows so far. `--dry` does the same on a CPU with tiny shapes.
 
     python -m bench.gpu prepare [--to .gpu]
 
-makes the folder that a machine without network needs (carry.py); a later run in the same checkout finds it there.
-BENCH_COMMIT in the environment names the commit of a copy without .git.
+creates the folder that a host without network needs (carry.py); a later run in the same checkout uses it.
+BENCH_COMMIT in the environment is the commit of a copy without .git.
 
-Next: carry.py, what such a machine lacks.
+Next: carry.py, offline dependencies.
 """
 
 import argparse
@@ -41,8 +42,8 @@ PARTS = {  # name -> (seconds, lines of its log to show)
 }  # fmt: skip
 OPS = {"probe": ["probe"], "step": ["step"], "head": ["linear_loss", "linear_logprob"], "attention": ["attention"],
        "memory": ["rmsnorm", "swiglu", "mrope"]}  # fmt: skip
-ALSO = {"memory": "|(rmsnorm|swiglu|mrope): .*16,384.*ward: Liger"}  # rows that decide nothing and are good to know
-TOLD = {  # part -> (question, the line that answers it)
+ALSO = {"memory": "|(rmsnorm|swiglu|mrope): .*16,384.*ward: Liger"}  # useful rows that no question needs
+TOLD = {  # part -> (question, regular expression of the line that answers it)
     "tests": ("pytest -m gpu", r".*\d+ passed.* in [\d.]+ ?s.*"),
     "desk": ("desk run, planned against measured peak", r"peak of .*"),
     "vllm": ("vLLM: doctor, and a run", r"\d+ checks ok.*"),
@@ -51,7 +52,7 @@ EDITS = dict.fromkeys(
     ("head's columns, warps, stages and groups of tiles", "attention, how finely dK and dV are split"),
     "change the constants in kernels/ and compare the rows of --part head, --part attention")  # fmt: skip
 EDITS["attention, head dim 80 as 64 + 16"] = "only the padded one is built"
-PLAN_OFF = 0.15  # share that the planned peak may be off
+PLAN_OFF = 0.15  # allowed relative error of the planned peak
 COLUMNS = 170
 LIMIT_S = 570  # of the whole call
 
@@ -71,7 +72,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 1 where a part did not end well."""
+    """Returns the exit status: 1 if a part failed or timed out."""
     o = arguments(argv)
     if o.action:
         print(f"{o.to}: {carry.prepare(o.to) / 1e6:.0f} MB")
@@ -82,7 +83,7 @@ def main(argv=None):
     out = o.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for path in (out / f"{name}.{kind}" for name in PARTS for kind in ("json", "log")):
-        path.unlink(missing_ok=True)  # an earlier call's rows must not answer this one's questions
+        path.unlink(missing_ok=True)  # rows of an earlier call must not answer questions of this one
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         env = environment(device, carry.unpack(o.to, Path(scratch), o.new_assembler))
         for name in dict.fromkeys(o.part):
@@ -94,7 +95,7 @@ def main(argv=None):
 
 
 def environment(device, carried):
-    """Of every part: this checkout first, what was carried next, no network."""
+    """Environment of every part: this checkout first on the path, then the carried packages; no network."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | carried
     paths = ROOT, carried.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
     env["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
@@ -102,7 +103,7 @@ def environment(device, carried):
 
 
 def run_part(name, device, out, scratch, env, left):
-    """Run a part, show the end of its log, and tell how it ended: done, not run, timed out, failed."""
+    """Run a part and show the end of its log; returns its state: done, not run, timed out, or failed."""
     seconds, lines = PARTS[name]
     seconds, log = min(seconds, left), out / f"{name}.log"
     if seconds < 1:
@@ -124,7 +125,7 @@ def run_part(name, device, out, scratch, env, left):
 
 
 def run(command, log, env, seconds):
-    """How a command ended; its output is added to the log. No process that it started outlives it."""
+    """Run a command, append its output to the log, and kill its process group; returns its state."""
     with open(log, "ab") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -140,7 +141,7 @@ def run(command, log, env, seconds):
 
 
 def commands(name, device, out, scratch):
-    """What a part runs, one after another."""
+    """Commands of a part, which run one after another."""
     python, dry, rows = [sys.executable, "-m"], device == "cpu", ["--json", str(out / f"{name}.json")]
     if name == "probe":
         return [[*python, "bench.probe", *rows]]
@@ -167,13 +168,13 @@ def commands(name, device, out, scratch):
 
 
 def report(o, out, device, states):
-    """Answer every question from what the parts have left so far: verdicts.json, verdicts.txt, and the archive."""
+    """Answer every question from the rows so far: verdicts.json, verdicts.txt, and the archive."""
     rows, lost, about = {}, {}, {}
     for part in OPS:
         with contextlib.suppress(FileNotFoundError):
             found = json.loads((out / f"{part}.json").read_text())
             rows |= {f"{row['op']}: {row['case']}: {row['provider']}": row for row in found["rows"]}
-            about = found["machine"]  # asked of a part, since to ask here would take memory of the GPU
+            about = found["machine"]  # from a part, since a CUDA context here would take GPU memory
         ended = states.get(part, "not asked for")
         lost |= dict.fromkeys(OPS[part], f"no row, {part} {ended}" if ended != "done" else "no such row")
     verdicts = [answer(question, rows, lost.__getitem__) for question in questions(device)]
@@ -194,7 +195,7 @@ def report(o, out, device, states):
 
 
 def told(part, state, out):
-    """The verdict of a part that leaves no rows, by how it ended and the last line of its log that tells."""
+    """Verdict of a part without rows, from its state and the last matching line of its log."""
     question, pattern = TOLD[part]
     log = out / f"{part}.log"
     lines = re.findall(rf"^\W*({pattern})$", log.read_text(errors="replace"), re.MULTILINE) if log.exists() else []
@@ -208,7 +209,7 @@ def told(part, state, out):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a part's processes end with us
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # exiting kills the part's processes
     try:
         sys.exit(main())
     except ValueError as wrong:

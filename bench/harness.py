@@ -1,18 +1,18 @@
-"""Check, then time: what every kernel bench shares.
+"""Harness of all kernel benchmarks: checks every provider, then times it.
 
-A case names a shape and its providers: our implementations, plain torch and other libraries, all computing the same
-function. Its gold is made in wider arithmetic. A provider that errs beyond tolerance gets its error printed and no
-time; one that cannot run here, or fails, gets its reason. The others run in turn, the order turned round from round to
-round, so that a machine that slows down slows all of them, and nobody always runs after the same neighbour.
+A case is a shape and its providers: our implementations, plain torch and other libraries, all computing the same
+function. Its gold result is computed in wider arithmetic. If a provider's error exceeds the tolerance, the error is
+printed instead of a time; if it cannot run here or fails, the reason is. The others run in turn, in an order that
+changes every round: a slower host then slows all of them, and none always runs after the same neighbour.
 
-On a GPU times are between CUDA events, with the L2 cache flushed before each run (`--hot`: not), and with the host a
-little ahead, as in a training step, so that launching counts only where it is slower than what is launched. Work is
-algorithmic: products that the result needs, counted once, pairs that the mask hides left out; bytes that must be read
-or written at least once. The floor is the larger of FLOPs and bytes at the rates a large product and a large copy were
-measured at (machine.py says which chip's are from a data sheet), so a provider may exceed 100 % of it.
-Memory on a CPU is read from /proc, so these benches need Linux; it is left out where the peak cannot be set back.
+GPU times are between CUDA events. The L2 cache is flushed before each run (not with `--hot`), and the host runs a
+little ahead, as in a training step, so that launches count only if they take longer than the kernels. Work is
+algorithmic: products that the result needs, counted once, without masked pairs; bytes that must be read or written at
+least once. The floor is the larger of FLOPs and bytes at the measured rates of a large product and a large copy
+(machine.py; one GPU has those of its data sheet), so a provider may exceed 100 % of it.
+Memory on a CPU is read from /proc, so this needs Linux; it is omitted if the peak cannot be reset.
 
-Next: modes.py, which cuts a differentiable op into forward, backward and full.
+Next: modes.py, which splits a differentiable op into forward, backward and full.
 """
 
 import argparse
@@ -34,24 +34,24 @@ import torch
 
 from bench.machine import capacity, floor_ms, machine, peaks
 
-# Of the norm. bf16 rounds to 1 in 256 and a gradient adds several roundings; 1 row in 100 left out is off by a tenth.
+# Of the norm. bf16 rounds to 1 in 256 and a gradient adds several roundings; 1 missing row in 100 is an error of 0.1.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 ROUNDS = {"cpu": (3, 50), "cuda": (5, 100)}  # fewest, most
 HEADER = "{:34}{:>8}{:>12}{:>10}{:>10}{:>18}{:>9}{:>11}"
-HEAD_START = 500_000  # clock cycles, about 0.3 ms, that the host gets to launch ahead of the GPU
-CLEAR_REFS = Path("/proc/self/clear_refs")  # some kernels and sandboxes have none
+HEAD_START = 500_000  # clock cycles, about 0.3 ms, by which the host runs ahead of the GPU
+CLEAR_REFS = Path("/proc/self/clear_refs")  # missing in some kernels and sandboxes
 
 
 @dataclass
 class Provider:
-    """One implementation in one case. `run(*setup())` gives outputs; only `run` is timed."""
+    """One implementation in one case. `run(*setup())` returns outputs; only `run` is timed."""
 
     run: Callable | None = None
     setup: Callable = tuple
-    compare: Callable = tuple  # outputs -> tensors as the gold has them; untimed
-    ours: bool = False  # a wrong one fails the whole bench
-    needs: float = 0.0  # bytes it is known to take besides its inputs
-    refused: str = ""  # why it cannot run here
+    compare: Callable = tuple  # outputs -> tensors like the gold's; untimed
+    ours: bool = False  # wrong results fail the whole bench
+    needs: float = 0.0  # bytes that it is known to allocate besides its inputs
+    refused: str = ""  # reason why it cannot run here
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Case:
     providers: dict[str, Provider]
     flops: float
     bytes: float
-    family: str = ""  # cases that differ by size alone; a line in a picture
+    family: str = ""  # cases that differ by size alone; one line of a plot
     size: int = 0
     dtype: torch.dtype = torch.float32
 
@@ -70,7 +70,7 @@ def main(benches, argv=None):
     """Run benches, name -> function of (device, dtype) that yields cases.
 
     Returns:
-        exit status: 1 where a provider of ours is wrong or fails, 2 where --only leaves nothing to do.
+        exit status: 1 if a provider of ours is wrong or fails, 2 if --only selects nothing.
     """
     options = arguments(argv)
     draw = plotter(options) if options.plot else None
@@ -89,7 +89,7 @@ def main(benches, argv=None):
             print(f"{case.name}  [{time.perf_counter() - start:.0f} s]", flush=True)
             for row in measure(op, case, device, options):
                 line = show(row)
-                if not row["refused"] or (op, line) not in said:  # a missing library is said once
+                if not row["refused"] or (op, line) not in said:  # a missing library is printed once
                     print(line, flush=True)
                 said.add((op, line))
                 report["rows"].append(row)
@@ -118,7 +118,7 @@ def arguments(argv):
 
 
 def plotter(options):
-    """`bench.plot.draw`, asked for before hours are spent on numbers."""
+    """`bench.plot.draw`; fails early if matplotlib is missing."""
     try:
         from bench.plot import draw
     except ModuleNotFoundError as missing:
@@ -128,7 +128,7 @@ def plotter(options):
 
 
 def chosen(op, case, only):
-    """The providers that every `--only` leaves."""
+    """The providers that match every `--only`."""
 
     def wanted(name):
         name = f"{op}: {case.name}: {name}"
@@ -138,7 +138,7 @@ def chosen(op, case, only):
 
 
 def matches(part, name):
-    """Whether a part of the name fits the regular expression; text that is none fits only as it stands."""
+    """Whether the name contains a match of the regular expression; False for an invalid one."""
     try:
         return bool(re.search(part, name, re.IGNORECASE))
     except re.error:
@@ -146,14 +146,14 @@ def matches(part, name):
 
 
 def measure(op, case, device, options):
-    """One row a provider."""
+    """One row per provider."""
     about = {"op": op, "case": case.name, "family": case.family, "size": case.size}
     about |= {"dtype": str(case.dtype).removeprefix("torch."), "flops": case.flops, "bytes": case.bytes}
     empty = dict.fromkeys(
         ("verdict", "refused", "fault", "error", "median_ms", "p20_ms", "p80_ms", "rounds", "tflop_per_s", "gb_per_s",
          "floor_ms", "percent_of_floor", "extra_mb"))
     rows = {name: about | {"provider": name, "ours": p.ours} | empty for name, p in case.providers.items()}
-    empty_cache()  # blocks of the last case's sizes fit this one badly, and take memory that a provider may need
+    empty_cache()  # cached blocks of the last case's sizes would take memory that a provider may need
     for name, provider in case.providers.items():
         rows[name]["refused"] = provider.refused or too_large(provider, device)
     able = [name for name in rows if not rows[name]["refused"]]
@@ -181,7 +181,7 @@ def measure(op, case, device, options):
 
 
 def check(case, rows, names):
-    """Put each provider's error into its row, or that there is nothing to compare it with."""
+    """Store each provider's error in its row, or a fault if there is no gold result."""
     made = {}
     gold = attempt(made, case.gold)
     if made:
@@ -225,34 +225,34 @@ def show(row):
 
 
 def attempt(row, work, *arguments):
-    """`work(*arguments)`; an error of any kind is the provider's own result, and must not end the others'."""
+    """`work(*arguments)`; any exception is stored as the provider's fault, so that the others still run."""
     try:
         return work(*arguments)
     except Exception as fault:
         row["fault"] = f"{type(fault).__name__}: {fault}".splitlines()[0]
-    empty_cache()  # the error's traceback, and what it held, is gone by now
+    empty_cache()  # by now the traceback and the tensors in it are freed
     return None
 
 
 def empty_cache():
-    """Give the GPU's unused blocks back. Where a kernel broke the context this raises too, which says nothing new."""
+    """Free the GPU's cached blocks. After a kernel broke the CUDA context this raises as well; ignore it."""
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def too_large(provider, device):
-    """Why the device cannot hold the provider, or nothing."""
+    """The reason why the device cannot hold the provider, or an empty string."""
     if provider.needs <= capacity(device):
         return ""
     return f"needs about {provider.needs / 1e9:.0f} GB, the machine has {capacity(device) / 1e9:.0f}"
 
 
 def balanced(names, count):
-    """Order of a round. Two rounds mirror each other; then the order is turned by a third.
+    """Order of a round. Every second round is the mirror image of the one before; then the order is rotated by a third.
 
-    So after an even number of rounds each name was before each other as often as after, after an odd number once more
-    or less. Five rounds, the fewest on a GPU, take each name over more than half of the places.
+    So after an even number of rounds each name ran before each other as often as after it; after an odd number, once
+    more or less. In five rounds, the fewest on a GPU, each name runs at more than half of the places.
     """
     turn = count // 2 * max(1, len(names) // 3) % len(names) if names else 0
     order = names[turn:] + names[:turn]
@@ -263,11 +263,11 @@ def balanced(names, count):
 def error(outputs, gold):
     """||output - gold|| / ||gold|| of the worst output.
 
-    A norm, since the largest value is blind to whatever is small everywhere: late rows of a long causal pack average
-    many values, and may all be missing without a difference as large as the first rows' values.
+    A maximum would not see errors in small values: late rows of a long causal pack average many values, and all of them
+    may be missing without a difference as large as the first rows' values.
 
     Raises:
-        ValueError: outputs that are not as many, of other shapes, or not finite: no number says how wrong they are.
+        ValueError: outputs of another number or other shapes, or not finite.
     """
     worst = 0.0
     for a, b in zip(outputs, gold, strict=True):
@@ -281,7 +281,7 @@ def error(outputs, gold):
 
 
 def timed(provider, device, hot):
-    """Milliseconds of one run; of a second one, where memory for the first had to come from the driver."""
+    """Milliseconds of one run; of a second one if the first had to allocate memory from the driver."""
     if device == "cuda":
         elapsed, grew = timed_on_gpu(provider, hot)
         return timed_on_gpu(provider, hot)[0] if grew else elapsed
@@ -289,12 +289,12 @@ def timed(provider, device, hot):
     start = time.perf_counter()
     outputs = provider.run(*state)
     elapsed = (time.perf_counter() - start) * 1e3
-    del outputs  # giving memory back is not part of it
+    del outputs  # freeing memory is not timed
     return elapsed
 
 
 def timed_on_gpu(provider, hot):
-    """(milliseconds, whether the allocator went to the driver meanwhile, which stalls a run as no later one is)."""
+    """(milliseconds, whether the allocator called the driver, which stalls first runs only)."""
     state = provider.setup()
     if not hot:
         l2_filler().zero_()
@@ -314,13 +314,13 @@ def device_allocations():
 
 @functools.cache
 def l2_filler():
-    """A buffer that, written, leaves nothing else in the L2 cache."""
+    """A buffer that evicts everything else from the L2 cache when written."""
     size = 4 * torch.cuda.get_device_properties().L2_cache_size
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def extra_mb(provider, device):
-    """Peak memory of one run above what was there before, results included, in MB; None where nobody can tell."""
+    """Peak memory of one run above the memory before it, results included, in MB; None if it cannot be measured."""
     state = provider.setup()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -329,9 +329,9 @@ def extra_mb(provider, device):
         provider.run(*state)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier runs would hide what this one takes
+    ctypes.CDLL(None).malloc_trim(0)  # cached memory of earlier runs would hide new allocations
     try:
-        CLEAR_REFS.write_text("5")  # sets the process's peak back to its present size
+        CLEAR_REFS.write_text("5")  # resets the process's peak to its present size
     except OSError:
         return None
     before = resident_kb("VmRSS")
@@ -345,7 +345,7 @@ def resident_kb(key):
 
 
 def save(report, path):
-    """Whole or not at all: what an interrupted run has written stays readable."""
+    """Atomic write: the file of an interrupted run stays readable."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(draft, path)

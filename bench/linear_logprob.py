@@ -1,7 +1,9 @@
-"""The head without gradient: python -m bench.linear_logprob [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of the head without gradient.
 
-Log-prob and entropy, what a step remembers of its tokens; and the log-prob alone, for libraries that give no
-more. Ours make the entropy there too. Gold is our chunked path in wider arithmetic, as in linear_loss.py.
+    python -m bench.linear_logprob [--json FILE] [--plot DIR] [--only NAME]
+
+Two functions: log-prob and entropy, as in a training step, and the log-prob alone, for libraries without entropy.
+Ours compute the entropy in both. Gold is our chunked path in wider arithmetic, as in linear_loss.py.
 
 Next: attention.py.
 """
@@ -50,7 +52,7 @@ def case(name, x, w, y, entropy):
         return Provider(run, refused=refused, compare=lambda outputs: outputs[: 1 + entropy], **about)
 
     eager = whole_logprob_and_entropy if entropy else whole_logprob
-    # fp32 log-probs beside the logits in two dtypes, or beside p and p log p
+    # fp32 log-probs, and either the logits in two dtypes, or p and p log p
     found = {"eager": offer(eager, needs=(12.0 if entropy else 10.0) * count * vocab)}
     found["torch.compile"] = (
         offer(providers.compiled(eager)) if device == "cuda" else Provider(refused=providers.COMPILED))

@@ -1,11 +1,13 @@
-"""The head in training, loss and both gradients: python -m bench.linear_loss [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of the head in training, loss and both gradients.
 
-Two functions. Cross entropy, the mean over tokens, which every fused head computes. And the clipped surrogate of DAPO,
-token mean, with log-probs of an older policy: what a step trains on. Gold is our chunked path in wider arithmetic,
-since whole logits in fp32 would not fit; tests/test_bench.py holds it to whole logits at small sizes.
+    python -m bench.linear_loss [--json FILE] [--plot DIR] [--only NAME]
 
-cut-cross-entropy skips tiles of the gradient in which every probability is tiny. Random logits are that filter's worst
-case: nearly every tile has one that is not. A trained model's are more peaked, and there it can skip more.
+Two functions: cross entropy, the mean over tokens, which every fused head computes; and the training objective, DAPO's
+clipped surrogate, token mean, with log-probs of an older policy. Gold is our chunked path in wider arithmetic, since
+whole logits in fp32 would not fit into memory; tests/test_bench.py compares it with whole logits at small sizes.
+
+cut-cross-entropy skips gradient tiles in which all probabilities are tiny. Random logits are the worst case of this
+filter: nearly every tile has a larger one. A trained model has more peaked logits, so it can skip more.
 
 Next: linear_logprob.py, the head without gradient.
 """
@@ -25,7 +27,7 @@ from nanolmmr1.schema import Objective
 from nanolmmr1.update.objective import Tokens, policy_loss
 from nanolmmr1.update.policy import fused_objective
 
-# (name, tokens, hidden size, vocabulary) of Qwen2.5-VL-3B; a CPU gets an eighth of one or the other size.
+# (name, tokens, hidden size, vocabulary) of Qwen2.5-VL-3B; a CPU gets an eighth of either size.
 SHAPES = {
     "cpu": [("3B, V / 8, N 64", 64, 2048, 18_992), ("3B, H / 8, N 64", 64, 256, 151_936)],
     "cuda": [(f"3B, N {n:,}", n, 2048, 151_936) for n in (1024, 4096, 16_384, 65_536)],
@@ -35,15 +37,15 @@ CLIP = 0.2, 0.28
 GOLD = {"impl": "chunked"}  # of inputs in wider arithmetic
 COMMON = dict(clip_ratio_low=CLIP[0], clip_ratio_high=CLIP[1], clip_ratio_dual=0.0, tis_cap=0.0)
 SURROGATE = Objective(loss_type="ppo", **COMMON)
-CROSS_ENTROPY = Objective(loss_type="cispo", **COMMON)  # -logp, with advantage 1 and no older policy: its weight is 1
+CROSS_ENTROPY = Objective(loss_type="cispo", **COMMON)  # -logp: the advantage is 1, there is no older policy
 
 
 def head(tokens, hidden, vocab, device, dtype):
-    """hidden (N, H), weight (V, H), target (N,): logits with a standard deviation of 2, but for a target and a rival.
+    """hidden (N, H), weight (V, H), target (N,): logits have a standard deviation of 2, except for target and rival.
 
-    These two have a probability of about 1/3 each. Where all have one near 0, the gradient is -onehot to within bf16's
-    tolerance, and a kernel that forgot the softmax would pass. Log-sum-exp is ln V + 2 here and |w_y|^2 is 4, so that
-    much of w_y in x lifts the target's logit, 0 on average, to the log-sum-exp of all others.
+    These two have a probability of about 1/3 each. If all probabilities were near 0, the gradient would be -onehot
+    within bf16's tolerance, and a kernel without softmax would pass. The log-sum-exp is ln V + 2 and |w_y|^2 is 4, so
+    adding (ln V + 2) / 4 of w_y to x raises the target's logit, 0 on average, to the log-sum-exp of all others.
     """
     torch.manual_seed(0)
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
@@ -59,7 +61,7 @@ def whole_cross_entropy(x, w, y):
 
 
 def whole_surrogate(x, w, y, tokens):
-    """As eager trainers do it: logits in the inputs' dtype, log-softmax in fp32, autograd."""
+    """Like eager trainers: logits in the inputs' dtype, log-softmax in fp32, autograd."""
     logp = (x @ w.T).float().log_softmax(-1).gather(1, y[:, None]).squeeze(1)
     return policy_loss(logp, logp.new_zeros(()), tokens, SURROGATE).sum()
 
@@ -74,7 +76,7 @@ def ours(x, w, y, tokens, objective, fused=False, **options):
 
 
 def token_vectors(x, w, y, response, objective):
-    """What the objective knows of the tokens. Ratios lie well on one side of the clip, or rounding would choose it."""
+    """Per-token inputs of the objective. Ratios are not near the clip bounds, where rounding would decide."""
     count, device = len(y), y.device
     responses = torch.arange(count, device=device) // response
     if objective is CROSS_ENTROPY:
@@ -88,7 +90,7 @@ def token_vectors(x, w, y, response, objective):
 
 
 def our_providers(device):
-    """name -> options of `ours`, or why not."""
+    """name -> options of `ours`, or the reason why it cannot run."""
     found = {"chunked": {"impl": "chunked"}}
     for route, fused in (("fused", True), ("generic", False)):
         for bits, logits in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -107,7 +109,7 @@ def cases(device, dtype, shapes=SHAPES):
 def case(name, family, x, w, y, response, objective):
     device, (count, hidden), vocab = x.device.type, x.shape, len(w)
     tokens = token_vectors(x, w, y, response, objective)
-    logits = 12.0 * count * vocab  # bytes: fp32 log-probs, their gradient, and that of the logits
+    logits = 12.0 * count * vocab  # bytes: fp32 log-probs, their gradient, and the gradient of the logits
 
     def gradients(loss_of, x=x, w=w):
         loss = loss_of(x, w, y)
@@ -141,7 +143,7 @@ def case(name, family, x, w, y, response, objective):
     def gold():
         return gradients(partial(ours, tokens=tokens, objective=objective, **GOLD), wider(x), wider(w))
 
-    # Three products. Both matrices are read, and their gradients written.
+    # Three products. Both matrices are read and their gradients are written.
     flops, nbytes = 6.0 * count * hidden * vocab, 2 * (count + vocab) * hidden * x.element_size()
     return Case(name, gold, found, flops, nbytes, f"{family}, V {vocab:,}, H {hidden:,}", count, x.dtype)
 

@@ -1,4 +1,4 @@
-"""The machine under a bench: what its numbers are compared with, and what must be written beside them.
+"""Facts about the host and the GPU of a benchmark: peak rates, memory, versions.
 
 Next: harness.py.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200, H100: measured, a large matrix product on random data (on an
-# H100 798 TFLOP/s, on an H200 769 to 798) and a large copy, as probe.py makes them. A100: its data sheet. PCIe parts
-# are other chips.
+# CUDA's device name -> dense bf16 FLOP/s, bytes/s. H200, H100: measured with probe.py, a large matrix product of random
+# data (on an H100 798 TFLOP/s, on an H200 769 to 798) and a large copy. A100: from its data sheet. PCIe cards differ.
 PEAKS = {
     "NVIDIA H200": (790e12, 4.3e12),
     "NVIDIA H100 80GB HBM3": (790e12, 3.0e12),
@@ -23,14 +22,14 @@ PEAKS = {
 
 
 def peaks(device):
-    """(FLOP/s, bytes/s) of the chip, or None where nobody has said."""
+    """(FLOP/s, bytes/s) of the GPU, or None if unknown."""
     return PEAKS.get(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
 def floor_ms(flops, nbytes, peaks):
-    """Milliseconds at the rates a large product and a large copy were measured at, or None on an unknown chip.
+    """Milliseconds at the measured rates of a large product and a large copy, or None on an unknown GPU.
 
-    A goal, no bound: other shapes may run at better rates than those, so that more than 100 % of it can be reached.
+    A goal, not a bound: other shapes may run at higher rates and reach more than 100 % of it.
     """
     if not peaks:
         return None
@@ -46,7 +45,7 @@ def capacity(device):
 
 
 def machine(device):
-    """Where the numbers come from. The environment's BENCH_COMMIT names the commit of a copy without .git."""
+    """Host, GPU, versions and commit. BENCH_COMMIT in the environment is the commit of a copy without .git."""
     cuda = device == "cuda"
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
@@ -74,7 +73,7 @@ def installed(package):
 
 
 def first_line(*command):
-    """Of a program's output, or None where there is no such program or it fails."""
+    """First line of a program's output; None if it is missing or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

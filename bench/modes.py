@@ -1,6 +1,6 @@
-"""A differentiable op as three cases: forward, backward, and full, which is one after the other.
+"""Three cases of a differentiable op: forward, backward, and full (forward, then backward).
 
-Next: providers.py, the libraries ours are compared with.
+Next: providers.py, the other libraries.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +14,21 @@ from bench.harness import Case, Provider
 
 @dataclass
 class Op:
-    """One implementation: `function(*inputs)` gives a tensor or a tuple of them, differentiable."""
+    """One implementation: `function(*inputs)` returns a tensor or a tuple of tensors, differentiable."""
 
     function: Callable | None = None
     ours: bool = False
     refused: str = ""
     needs: float = 0.0
-    fresh: bool = False  # it writes into its inputs or the upstream gradient: give each run copies
-    inputs: Sequence | None = None  # where it needs others than the case's, with an upstream gradient of their shape
+    fresh: bool = False  # it writes to its inputs or the upstream gradient, so each run gets copies
+    inputs: Sequence | None = None  # if they differ from the case's, with an upstream gradient of their shape
     upstream: Sequence | None = None
-    fold_output: Callable = lambda output: output  # and back to the case's shape, untimed
+    fold_output: Callable = lambda output: output  # converts to the case's shape, untimed
     fold_gradient: Callable = lambda gradient: gradient
 
 
 def wider(x):
-    """For gold: the same numbers in the next wider dtype; integers as they are."""
+    """For gold: the same numbers in the next wider dtype; integers unchanged."""
     if not x.is_floating_point():
         return x
     wide = torch.float32 if x.dtype == torch.bfloat16 else torch.float64
@@ -36,7 +36,7 @@ def wider(x):
 
 
 def evaluate(function, inputs, upstream):
-    """Outputs, and gradients of the inputs that want one."""
+    """Outputs, and gradients of the inputs that require one."""
     outputs = forward(function, inputs)
     return outputs, backward(outputs, inputs, upstream)
 
@@ -56,8 +56,8 @@ def by_mode(name, ops, inputs, upstream, gold, work, family="", size=0):
     Args:
         ops: name -> Op; inputs: tensors; upstream: a gradient for each output, not uniform and of both signs.
         gold: () -> (outputs, gradients), called at most once.
-        work: ((flops, bytes) forward, (flops, bytes) backward). Between them a training step does other things, so
-            nothing is taken to be still in cache, and full is their sum.
+        work: ((flops, bytes) forward, (flops, bytes) backward). full is their sum: in a training step other ops run
+            between them, so the cache is assumed to be empty.
     """
     golds = cache(lambda: tuple(tuple(x.detach() for x in part) for part in gold()))
     full = tuple(map(sum, zip(*work, strict=True)))
@@ -69,7 +69,7 @@ def by_mode(name, ops, inputs, upstream, gold, work, family="", size=0):
 
 
 def provider(op, mode, inputs, upstream):
-    """An op in one mode."""
+    """The provider of an op in one mode."""
     given = (op.inputs or inputs, op.upstream or upstream)
 
     def start():

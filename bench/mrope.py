@@ -1,6 +1,8 @@
-"""Rotary embeddings of q and k, both towers: python -m bench.mrope [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of rotary embeddings of q and k, both towers.
 
-Libraries that want tables of cosines and sines get them made before, since a model makes them once for all its layers.
+    python -m bench.mrope [--json FILE] [--plot DIR] [--only NAME]
+
+Tables of cosines and sines for other libraries are not timed, since a model computes them once for all layers.
 
 Next: rmsnorm.py.
 """
@@ -19,7 +21,7 @@ GRID = 32, 40  # merged patches of an image of 896 x 1,120 pixels
 
 
 def positions(tokens, device):
-    """(3, T) of packs with 16 + 1,280 (image) + 104 prompt tokens and eight responses of 400, one after another."""
+    """(3, T) positions of packs: 16 + 1,280 (image) + 104 prompt tokens, then eight responses of 400."""
     image = torch.cartesian_prod(torch.arange(1), *map(torch.arange, GRID)).T + 16
     after = 16 + max(GRID)
     parts = [(0, 16), image, (after, after + 104)] + [(after + 104, after + 504)] * 8
@@ -34,7 +36,7 @@ def tables(angles):
 
 
 def turn(x, cos, sin):
-    """Plain torch with tables, fp32 inside."""
+    """Rotation in plain torch from tables, computed in fp32."""
     a, b = x.float().chunk(2, -1)
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
@@ -56,14 +58,14 @@ def language(tokens, device, dtype):
         return providers.liger_mrope(q, k, *by_axis, SECTION)
 
     by_axis = [x.float().transpose(1, 2).contiguous() for x in tables3(where, freq)]
-    # Liger's backward turns the gradient it is given, in place.
+    # Liger's backward rotates the upstream gradient in place.
     others = {"Liger": Op(liger, fresh=True, refused=providers.lacking("liger_kernel", device))}
     angles = where[axis].T * freq
     yield from bench(f"mrope, {tokens:,} tokens", "mrope", shapes, angles, ours, others, device, dtype)
 
 
 def tables3(where, freq):
-    """cos and sin (3, T, 1, D): all columns for each axis, as Liger reads them."""
+    """cos and sin (3, T, 1, D): all columns for each axis, the layout of Liger."""
     return (torch.stack(x) for x in zip(*(tables(w[:, None] * freq) for w in where), strict=True))
 
 

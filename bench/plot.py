@@ -1,6 +1,6 @@
-"""Pictures of a bench's rows: a roofline for each op, and time over size for each family of cases.
+"""Plots of benchmark rows: a roofline for each op, and time over size for each family of cases.
 
-Needs matplotlib, the extra `bench`. Rows are those of the JSON, so a saved run can be drawn later:
+Needs matplotlib (extra `bench`). It reads the rows of the JSON file, so a saved run can be drawn later:
 python -m bench.plot FILE DIR
 """
 
@@ -14,7 +14,7 @@ matplotlib.use("svg")  # no display
 
 import matplotlib.pyplot as plt
 
-UNRELATED = ("shared prefix", "causal pack")  # families whose packs differ by more than size: no line joins them
+UNRELATED = ("shared prefix", "causal pack")  # families whose packs differ by more than size: points without a line
 
 
 def draw(report, folder):
@@ -42,7 +42,7 @@ def by_provider(rows):
 
 
 def roofline(op, rows, machine, folder):
-    """Algorithmic FLOP/s over algorithmic FLOPs a byte, under what the chip can do."""
+    """Algorithmic FLOP/s over algorithmic FLOPs per byte, below the peak rates of the GPU."""
     figure, axes = canvas(f"{op} on {machine['device']}", "FLOP per byte", "TFLOP/s")
     for line in by_provider(rows).values():
         spots = [(row["flops"] / row["bytes"], row["tflop_per_s"]) for row in line if row["flops"]]

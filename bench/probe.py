@@ -1,8 +1,10 @@
-"""What the machine gives at its best, before a kernel is judged by it: python -m bench.probe [--json FILE]
+"""Peak rates of the GPU, to compare kernels with.
 
-A large copy and a large matrix product are the ceilings. The rest are bare products at the shapes of the 3B: the head
-in chunks, whose size and logits' dtype they decide, and the MLPs of both towers. Nothing is checked here, since torch
-computes all of it. On a CPU sizes are tiny, and show only that the command works.
+    python -m bench.probe [--json FILE]
+
+A large copy and a large matrix product are the ceilings. The rest are bare products at the shapes of the 3B model: the
+head in chunks, to choose their size and the logits' dtype, and the MLPs of both towers. Nothing is checked, since torch
+computes everything. On a CPU sizes are tiny and only show that the command works.
 
 Next: step.py, a whole update.
 """
@@ -42,12 +44,12 @@ LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wide_product(a, b, dtype):
-    """a @ b in `dtype`. A CPU has no product that widens, and rounds first."""
+    """a @ b in `dtype`. A CPU has no product with a wider result and rounds first."""
     return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a @ b).to(dtype)
 
 
 def add_product(out, a, b, beta):
-    """out (fp32) becomes beta * out + a @ b of bf16 a and b, in place."""
+    """out = beta * out + a @ b, in place; out is fp32, a and b are bf16."""
     if out.is_cuda:
         return torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
@@ -61,7 +63,7 @@ def ceilings(s, rnd):
 
 
 def head(s, rnd):
-    """Each product of a chunk. The gradient of fp32 logits lies in their buffer, so that its rows are 2 V apart."""
+    """Each product of a chunk. The gradient of fp32 logits is in their buffer, so its rows are 2 V apart."""
     w = rnd(s.vocab, s.hidden)
     dw = torch.zeros_like(w, dtype=torch.float32)
     for chunk in s.chunks:
@@ -80,7 +82,7 @@ def mlps(s, rnd):
     x, mm = rnd(s.patches, s.vision), torch.mm
     for width in s.widths:
         gate, down, inner = rnd(width, s.vision), rnd(s.vision, width), rnd(s.patches, width)
-        runs = [(mm, x, gate.T), (mm, inner, gate), (mm, inner.T, x)] * 2  # gate and up alike
+        runs = [(mm, x, gate.T), (mm, inner, gate), (mm, inner.T, x)] * 2  # same for gate and up
         runs += [(mm, inner, down.T), (mm, x, down), (mm, x.T, inner)]
         yield f"vision MLP, width {width:,}", 18 * s.patches * s.vision * width, 0, runs
     h = s.hidden
@@ -89,14 +91,14 @@ def mlps(s, rnd):
 
 
 def measure(device, sizes):
-    """A row, as those of harness.measure, for each line; of several products the sum of their medians."""
+    """A row for each line, like harness.measure; the time of several products is the sum of their medians."""
     def rnd(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
     def median(function, *given):
         provider = Provider(function, lambda: given)
         times = [timed(provider, device, False) for _ in range(2 + sizes.runs)]
-        return statistics.median(times[2:])  # libraries choose their kernels in the first
+        return statistics.median(times[2:])  # libraries select their kernels in the first runs
 
     for part in (ceilings, head, mlps):
         for case, flops, nbytes, runs in part(sizes, rnd):
@@ -109,7 +111,7 @@ def measure(device, sizes):
 
 
 def main(argv=None):
-    """Returns the exit status: 1 where a line failed."""
+    """Returns the exit status: 1 if a line failed."""
     parser = argparse.ArgumentParser(description="Rates of a large copy and of the 3B's products.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows here, after every line")
     options = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""The other libraries: what each is called with, and why one may be missing from a table.
+"""Calls of the other libraries, and the reasons why one cannot run.
 
-Each is used as its own documentation says. Nothing here is imported before it runs, so a library that is not installed,
-or that refuses the machine, costs the rest nothing.
+Each is used as its documentation says. A library is imported when it runs, so one that is not installed or does not
+support this host does not affect the rest.
 
-Next: linear_loss.py, attention.py: which of these can compute which case.
+Next: linear_loss.py, attention.py, which use them.
 """
 
 import functools
@@ -20,7 +20,7 @@ COMPILED = "only on a CUDA device: compiling would take longer than all CPU case
 
 
 def lacking(module, device):
-    """Why a GPU library cannot run here, or nothing."""
+    """The reason why a GPU library cannot run here, or an empty string."""
     if device != "cuda":
         return GPU_ONLY
     if importlib.util.find_spec(module) is None:
@@ -29,7 +29,7 @@ def lacking(module, device):
 
 
 def compiled(function):
-    """`torch.compile` for one shape. What earlier shapes compiled is dropped: dynamo gives up after a few of them."""
+    """`torch.compile` for one shape. Code of earlier shapes is dropped, because dynamo gives up after a few of them."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
@@ -51,7 +51,7 @@ def cut_cross_entropy(hidden, weight, target, reduction="mean", filter_eps="high
 
 
 def torch_cross_entropy(hidden, weight, target, reduction="mean"):
-    # In chunks from N = H on, as its documentation advises; below, the whole logits are cheaper.
+    # Chunked for N >= H, as its documentation advises; for smaller N whole logits are cheaper.
     options = torch.nn.LinearCrossEntropyOptions() if len(hidden) >= hidden.shape[1] else None
     return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options)
 
@@ -62,7 +62,10 @@ def lacking_torch_cross_entropy():
 
 
 def lacking_cute(capability):
-    """Why Liger's log-prob cannot run on a GPU of this (major, minor), or nothing: on Hopper it is written in CuTe."""
+    """The reason why Liger's log-prob cannot run on a GPU of this (major, minor), or an empty string.
+
+    On Hopper it is written in CuTe.
+    """
     if capability == (9, 0) and importlib.util.find_spec("cutlass") is None:
         return "on Hopper needs CuTe: pip install nvidia-cutlass-dsl"
     return ""
@@ -99,7 +102,7 @@ def torch_varlen(lengths, causal, device):
     def attend(q, k, v):
         from torch.nn.attention.varlen import varlen_attn
 
-        known = inspect.signature(varlen_attn).parameters  # they have changed their names between releases
+        known = inspect.signature(varlen_attn).parameters  # names differ between releases
         options = {"is_causal": causal} if "is_causal" in known else {"window_size": (-1, 0 if causal else -1)}
         options |= {"enable_gqa": True} if "enable_gqa" in known else {}
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
@@ -130,8 +133,10 @@ def torch_sdpa(lengths, causal):
 
 
 def flex_attention(seen, compile=compiled):
-    """FlexAttention with a pack's mask, seen (4, T): query i sees keys from seen[0, i] to before seen[1, i], and from
-    seen[2, i] to before seen[3, i].
+    """FlexAttention with a pack's mask.
+
+    Args:
+        seen: (4, T); query i sees keys [seen[0, i], seen[1, i]) and [seen[2, i], seen[3, i]).
     """
 
     @functools.cache
@@ -155,7 +160,7 @@ def flex_attention(seen, compile=compiled):
 
 
 def liger_mrope(q, k, cos, sin, section):
-    """In place, in q and k (T, heads, D) and in their gradients; cos and sin (3, 1, T, D) made before."""
+    """In place in q and k (T, heads, D) and in their gradients; cos and sin: (3, 1, T, D)."""
     from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb
 
     q, k = (x.transpose(0, 1)[None] for x in (q, k))  # (1, heads, T, D)

@@ -1,12 +1,13 @@
-"""What every kernel compiles to, without a GPU: python -m bench.resources [--arch 80 90 100] [--json FILE]
+"""Registers, shared memory and spills of every kernel, without a GPU.
 
-The ops' own host code runs on small CPU tensors of the real head dims and dtypes, forward and backward;
-each launch is compiled for the chip asked for instead of run. So the table shows what would be launched:
-registers and shared memory of a program, spills, and how many tensor-core instructions the code holds.
-ptxas, cuobjdump and the compiler itself come with Triton's wheel.
+    python -m bench.resources [--arch 80 90 100] [--json FILE]
 
-ptxas may place values differently from release to release, so it pays to look at each Triton.
-Next: tests/test_resources.py, which holds these numbers to the chips' limits.
+The host code of the ops runs on small CPU tensors of the real head dims and dtypes, forward and backward; each launch
+is compiled for the requested GPU instead of run. So the table shows the kernels that a GPU would run: registers and
+shared memory of a program, spills, and the number of tensor-core instructions. The compiler, ptxas and cuobjdump are
+part of Triton's wheel. Register allocation changes between releases of ptxas, so repeat this for each Triton.
+
+Next: tests/test_resources.py, which compares these numbers with the limits of the GPUs.
 """
 
 import argparse
@@ -34,23 +35,23 @@ from nanolmmr1.kernels import swiglu as swiglu_op
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have (CUDA programming guide)
 SMS = {80: 108, 90: 132, 100: 148}
-TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # each generation's own, in PTX
+TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # of each generation, in PTX
 
 
 @dataclass
 class Resources:
-    """Of one compiled kernel. Counts are instructions in the code, not executions."""
+    """Resources of one compiled kernel. Counts are instructions in the code, not executions."""
 
     op: str
     kernel: str
     arch: int
     dtype: str  # of the op's inputs
-    config: str  # the constants that set its tiles
+    config: str  # constants of its tiles
     warps: int
     registers: int  # per thread
     shared: int  # bytes per program
-    stack: int  # bytes of local memory per thread, where values go that found no register
-    spills: int  # loads and stores of it
+    stack: int  # bytes of local memory per thread, for values without a register
+    spills: int  # loads and stores of the stack
     tensor_core: int
     tma: int  # bulk tensor loads
 
@@ -68,7 +69,7 @@ HEADER = LINE.format(
 
 
 class _Chip:
-    """The part of Triton's driver that compiling asks for. The device's number is its arch, which keys caches."""
+    """The part of Triton's driver that the compiler needs. The device number is the arch, which is a cache key."""
 
     def __init__(self, arch):
         self.arch = arch
@@ -85,13 +86,16 @@ class _Chip:
 
 @contextlib.contextmanager
 def compile_only(arch, sms=None):
-    """Inside, kernels launched on CPU tensors are compiled for `arch` and not run; `sms`: as if it had so many.
+    """Context in which kernels launched on CPU tensors are compiled for `arch` and not run. Outputs are garbage.
 
-    Yields a dict that fills with hash -> (compiled kernel, its arguments by name). Nothing writes the launches'
-    outputs, so values mean nothing.
+    Args:
+        sms: number of streaming multiprocessors to assume; None: that of the real GPU.
+
+    Yields:
+        a dict to which launches add: hash -> (compiled kernel, its arguments by name).
 
     Raises:
-        RuntimeError: kernels were made for the interpreter.
+        RuntimeError: Triton interprets the kernels.
     """
     if _triton.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, and what is interpreted is not compiled: unset it")
@@ -123,7 +127,7 @@ def read(op, arch, dtype, compiled, arguments):
         file.flush()
         usage = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True, stderr=subprocess.STDOUT)
         stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        # Disassembling is slow, and without a stack nothing is spilled to it.
+        # Disassembling is slow, and without a stack there are no spills.
         dump = [CUOBJDUMP, "--dump-sass", file.name]
         code = subprocess.check_output(dump, text=True, stderr=subprocess.DEVNULL) if stack else ""
     tiles = {k: v for k, v in arguments.items() if k.isupper() and isinstance(v, (int, str)) and "BLOCK" in k}
@@ -160,19 +164,19 @@ def attention(dtype):
 
 
 def head(dtype, size=2048):
-    """H as in the model; V only has to be no power of two."""
+    """H as in the model; V is any number that is no power of two."""
     x = torch.randn(64, size, dtype=dtype, requires_grad=True)
     weight = torch.randn(2000, size, dtype=dtype, requires_grad=True)
     return x, weight, torch.arange(64)
 
 
 def linear_logprob(dtype):
-    for size, banned in ((2048, ()), (2048, (1990, 1991, 1992, 1993, 1994)), (2047, ())):  # the last in unaligned rows
+    for size, banned in ((2048, ()), (2048, (1990, 1991, 1992, 1993, 1994)), (2047, ())):  # the last has unaligned rows
         linear_logprob_op.linear_logprob(*head(dtype, size), banned=banned, impl="triton")
 
 
 def linear_loss(dtype):
-    """The generic route, and the objective with nothing and with everything in it."""
+    """The generic route, and the fused objective with no option and with all options."""
     token = torch.ones(64)
     bare = linear_loss_op.FusedObjective(advantage=token, weight=token, loss_type="ppo")
     whole = dict(old_logp=token, ref_logp=token, sampler_logp=token, clip_ratio_dual=3.0, kl_coef=0.1, kl_ratio=True,
@@ -213,7 +217,7 @@ OPS = (linear_logprob, linear_loss, attention, mrope, rmsnorm, swiglu)
 
 
 def survey(arch):
-    """Resources of one specialization of each kernel, dtype and route of `OPS` on a chip, one row a compiled kernel."""
+    """Resources of one specialization of each kernel, dtype and route of `OPS`, one row per compiled kernel."""
     for op in OPS:
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             launches = {}

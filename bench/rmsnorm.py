@@ -1,4 +1,6 @@
-"""RMSNorm, alone and after a residual add: python -m bench.rmsnorm [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of RMSNorm, alone and after a residual add.
+
+    python -m bench.rmsnorm [--json FILE] [--plot DIR] [--only NAME]
 
 Next: swiglu.py.
 """
@@ -24,7 +26,7 @@ def add_and_norm(impl):
 
 
 def row_ops(make, device, own_inputs=False):
-    """name -> Op of an op whose public function takes impl=. own_inputs: Liger's backward writes over its inputs."""
+    """name -> Op of a function with impl=. own_inputs: Liger's backward overwrites its inputs."""
     ops = {"eager": Op(make("reference"))}
     if device == "cuda":
         ops["torch.compile"] = Op(providers.compiled(make("reference")))
@@ -50,7 +52,7 @@ def cases(device, dtype):
                 return evaluate(make("reference"), [wider(x) for x in inputs], [wider(x) for x in upstream])
 
             one = x.numel() * x.element_size()
-            # Forward: each input, each output. Backward: their sum, each upstream gradient, one gradient for both.
+            # Forward: each input and output. Backward: the sum, each upstream gradient, one gradient for both inputs.
             work = ((0, 2 * tensors * one), (0, (2 + tensors) * one))
             title = f"{name}, {tokens:,} x {HIDDEN:,}"
             yield from by_mode(title, row_ops(make, device), inputs, upstream, gold, work, name, tokens)

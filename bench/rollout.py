@@ -1,10 +1,11 @@
-"""Tokens a second of the samplers: python -m bench.rollout [FOLDER]
+"""Benchmark of the samplers in tokens per second.
 
-32 responses of 64 tokens, 8 to a prompt, from a 20 M-parameter model at Qwen2.5-VL's vocabulary of 151,936. The
-target of the embedded sampler on two quiet CPU cores is 800 tokens/s. With the folder of a model, that model is
-sampled from, and by vLLM too where it is installed: the same prompts, the same number of tokens. Seconds of CPU time
-are printed as well: other work on the machine does not change them. Every response's log-probs are checked against
-the trainer's before a time is believed.
+    python -m bench.rollout [FOLDER]
+
+32 responses of 64 tokens, 8 per prompt, from a 20 M-parameter model with Qwen2.5-VL's vocabulary of 151,936. The
+target of the local sampler on two idle CPU cores is 800 tokens/s. With a model folder, that model is sampled, and by
+vLLM too if it is installed: same prompts, same number of tokens. CPU seconds are printed as well, since other processes
+do not change them. The log-probs of every response are compared with the trainer's first.
 """
 
 import importlib.util
@@ -19,8 +20,8 @@ from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
 from nanolmmr1.model import weights
 from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
-from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.schema import Phase, Recipe
 from nanolmmr1.update.pack import pack_groups
 from nanolmmr1.update.policy import Policy
@@ -53,7 +54,7 @@ def main(folder=None):
     cfg.evaluate.max_prompt_tokens, cfg.evaluate.max_response_tokens = PROMPT_TOKENS, TOKENS
     vocabulary = model.cfg.vocab_size
     banned = tuple(range(151_652, 151_657)) if vocabulary > 151_657 else ()
-    policy = Policy(model, cfg, banned, torch.bfloat16 if device == "cuda" else torch.float32)
+    policy = Policy(model, cfg.pack, cfg.optim, banned, torch.bfloat16 if device == "cuda" else torch.float32)
     prompts = [text_prompt(i, vocabulary) for i in range(PROMPTS)]
     bench("local", LocalSampler(policy), policy, prompts)
     if folder and importlib.util.find_spec("vllm"):
@@ -72,7 +73,7 @@ def bench(engine, sampler, policy, prompts):
     packs, _ = pack_groups(groups, 1 << 14)
     sampled = torch.cat([r.logp for g in groups for r in g.responses])
     error = max(float((policy.logprobs(p, 1.0)[0].cpu() - sampled[p.flat_index]).abs().max()) for p in packs)
-    limit = {"local": 1e-4, "vllm": 1e-3}[engine] if policy.dtype == torch.float32 else 0.5  # bfloat16 rounds in places
+    limit = {"local": 1e-4, "vllm": 1e-3}[engine] if policy.dtype == torch.float32 else 0.5  # rounding differs
     assert error < limit, f"log-probs of {engine} differ from the trainer's by {error}"
 
     rows = []

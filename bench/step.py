@@ -1,14 +1,16 @@
-"""One update of a random 3B: python -m bench.step [shared] [swiglu] [recompute] [repeated] [--profile] [--apply]
+"""Benchmark of one update of a random 3B model.
 
-`Policy.backward` of one group: a prompt with an image of 1,280 tokens, and eight responses of 400. `shared` packs them as
-training does, `swiglu` also makes each MLP's product again in the backward pass, `recompute` every block, and
-`repeated` gives each response a copy of the prompt and its image, as a trainer without shared prefixes would.
-Utilisation is of the products that the model needs, 2 FLOPs forward and 4 backward a weight and token, vision too;
-what is computed again is not counted.
+    python -m bench.step [shared] [swiglu] [recompute] [repeated] [--profile] [--apply]
 
-On a CPU the model is tiny, and its times show only that the command works.
+`Policy.backward` of one group: a prompt with an image of 1,280 tokens, and eight responses of 400. `shared` packs them
+as in training, `swiglu` also recomputes each MLP's product in the backward pass, `recompute` recomputes every block,
+and `repeated` gives each response a copy of the prompt and its image, like a trainer without shared prefixes.
+Utilization counts the products that the model needs, 2 FLOPs forward and 4 backward per weight and token, with vision;
+recomputation is not counted.
 
-Next: verdict.py, what the numbers decide.
+On a CPU the model is tiny, and its times only show that the command works.
+
+Next: verdict.py, the questions that these numbers answer.
 """
 
 import argparse
@@ -23,10 +25,10 @@ from bench.harness import attempt, empty_cache, save
 from bench.machine import capacity, machine, peaks
 from bench.verdict import MODES
 from nanolmmr1.config import resolve
+from nanolmmr1.data.group import Group, Response
 from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
 from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
-from nanolmmr1.rollout import Group, Response
 from nanolmmr1.schema import Phase, Recipe
 from nanolmmr1.update.objective import Tokens
 from nanolmmr1.update.pack import pack_groups
@@ -38,12 +40,15 @@ SIZES = {  # option -> (value, tiny value, meaning)
     "width": (80, 8, "patches of the image"), "budget": (16_384, 16_384, "packed tokens of a pass"),
     "layers": (36, 2, "language blocks"), "depth": (32, 2, "vision blocks"),
 }  # fmt: skip
-APPLY_BYTES = 120e9  # weights, gradients and two moments in fp32 take 60, and what the passes took is not given back
+APPLY_BYTES = 120e9  # weights, gradients and two moments in fp32 take 60; memory of the passes stays cached
 KERNELS = 32
+CFG = Recipe(model="random", phases={"bench": Phase(data="random")})
+resolve(CFG)
+OBJECTIVE = CFG.phases["bench"].objective
 
 
 def random_policy(o, device, dtype):
-    """A Policy on random weights, made where it computes."""
+    """A Policy with random weights, created on its device."""
     width, inner, kv_heads, vocab, section = (64, 96, 2, 512, (2, 3, 3)) if o.tiny else (
         2048, 11_008, 2, 151_936, (16, 24, 24))
     heads, tower = (4, (32, 44, 2)) if o.tiny else (16, (1280, 3420, 16))
@@ -56,16 +61,14 @@ def random_policy(o, device, dtype):
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.02)
-    cfg = Recipe(model="random", phases={"bench": Phase(data="random")})
-    resolve(cfg)
-    cfg.pack.head_logits, cfg.pack.attention = o.head_logits, o.attention
-    policy = Policy(model, cfg, (), dtype, device)
-    policy.start_phase(cfg.phases["bench"])
+    CFG.pack.head_logits, CFG.pack.attention = o.head_logits, o.attention
+    policy = Policy(model, CFG.pack, CFG.optim, (), dtype, device)
+    policy.start_phase(CFG.phases["bench"])
     return policy
 
 
 def make_packs(o, repeated, vocab):
-    """Packs of a group; repeated: of a group for each response, two a pack, as more copies' images would not fit."""
+    """Packs of a group; repeated: a group for each response, two per pack, since more image copies would not fit."""
     generator = torch.Generator().manual_seed(0)
     patches = o.height * o.width
     length, before = o.text + patches // 4, o.text // 2
@@ -88,7 +91,7 @@ def count(packs):
 
 
 def work(packs, model):
-    """FLOPs that an update needs. Norms, rotations, the patches' embedding and the optimiser are left out."""
+    """FLOPs that an update needs, without norms, rotations, patch embedding and optimizer."""
     cfg, tower = model.cfg, model.visual
     (tokens, patches, scored), whole = count(packs), len(tower.cfg.fullatt_block_indexes)
     language, vision, merger = (
@@ -102,26 +105,27 @@ def work(packs, model):
     return 6 * products + 12 * (cfg.hidden_size * cfg.num_hidden_layers * pairs + tower.cfg.hidden_size * seen)
 
 
-def learner(policy, packs, response):
-    """A function that adds an update's gradient, of advantages of both signs."""
+def learner(policy, packs, response, objective):
+    """A function that accumulates an update's gradient, with advantages of both signs."""
     total = sum(pack.num_scored for pack in packs)
 
     def tokens(pack):
         n = pack.num_scored
-        of_each = torch.linspace(-1, 1, n), torch.full((n,), 1 / total), pack.flat_index // response, torch.full((n,), -1.0)
-        return Tokens(*(vector.to(policy.device) for vector in of_each))
+        advantage, weight, logp = torch.linspace(-1, 1, n), torch.full((n,), 1 / total), torch.full((n,), -1.0)
+        vectors = advantage, weight, pack.flat_index // response, logp
+        return Tokens(*(vector.to(policy.device) for vector in vectors))
 
     given = [(pack, tokens(pack)) for pack in packs]
 
     def learn():
         for i, (pack, own) in enumerate(given):
-            policy.backward(pack, own, policy.cfg.phases["bench"].objective, 1.0, (i == len(given) - 1,) * 2)
+            policy.backward(pack, own, objective, 1.0, (i == len(given) - 1,) * 2)
 
     return learn
 
 
 def timed(run, device):
-    """Milliseconds until the device has done it, and until the host has asked for all of it."""
+    """Milliseconds until the device has finished, and until the host has launched everything."""
     wait = torch.cuda.synchronize if device == "cuda" else tuple
     wait()
     start = time.perf_counter()
@@ -136,11 +140,11 @@ def peak_gb(device):
 
 
 def measure(mode, policy, o, device):
-    """Columns of one mode."""
+    """Row entries of one mode."""
     blocks = len(policy.model.model.layers) + len(policy.model.visual.blocks)
     policy.recompute(blocks * (mode == "swiglu"), blocks * (mode == "recompute"))
     packs = make_packs(o, mode == "repeated", policy.model.cfg.vocab_size)
-    learn, flops = learner(policy, packs, o.response), work(packs, policy.model)
+    learn, flops = learner(policy, packs, o.response, OBJECTIVE), work(packs, policy.model)
     first, _ = timed(learn, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -152,8 +156,8 @@ def measure(mode, policy, o, device):
 
 
 def profile(policy, o, device):
-    """Print the kernels of one update that took longest, in the first mode; on a CPU, torch's operators."""
-    learn = learner(policy, make_packs(o, o.modes[0] == "repeated", policy.model.cfg.vocab_size), o.response)
+    """Print the longest kernels of one update, in the first mode; on a CPU, torch's operators."""
+    learn = learner(policy, make_packs(o, o.modes[0] == "repeated", policy.model.cfg.vocab_size), o.response, OBJECTIVE)
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * (device == "cuda")]) as seen:
         timed(learn, device)
@@ -166,8 +170,8 @@ def profile(policy, o, device):
 
 
 def apply(policy, o, device):
-    """Columns of the optimiser's step: the second of two, since the first makes the moments."""
-    learn = learner(policy, make_packs(o, False, policy.model.cfg.vocab_size), o.response)
+    """Row entries of the optimizer step: the second of two, since the first allocates the moments."""
+    learn = learner(policy, make_packs(o, False, policy.model.cfg.vocab_size), o.response, OBJECTIVE)
     for _ in range(2):
         learn()
         ms, host = timed(lambda: policy.optimizer_step(1e-6, 0.0), device)
@@ -211,7 +215,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Returns the exit status: 1 where a mode failed."""
+    """Returns the exit status: 1 if a mode failed."""
     o = arguments(argv)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     report, policy = {"machine": machine(device), "rows": []}, random_policy(o, device, dtype)
@@ -231,7 +235,7 @@ def main(argv=None):
         if o.json:
             save(report, o.json)
         if o.profile and case == o.modes[0]:
-            attempt(lost := {}, profile, policy, o, device)  # a profiler that cannot run takes no numbers with it
+            attempt(lost := {}, profile, policy, o, device)  # a failing profiler must not lose the numbers
             print("".join(f"  no kernels: {why}" for why in lost.values()))
             policy.discard()
     took = {row["case"]: row["median_ms"] for row in report["rows"]}

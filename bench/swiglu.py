@@ -1,4 +1,6 @@
-"""silu(gate) * up of the MLP: python -m bench.swiglu [--json FILE] [--plot DIR] [--only NAME]
+"""Benchmark of silu(gate) * up of the MLP.
+
+    python -m bench.swiglu [--json FILE] [--plot DIR] [--only NAME]
 
 Next: probe.py.
 """

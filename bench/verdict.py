@@ -1,8 +1,8 @@
-"""What a GPU's numbers decide: each question once, with the rows that it needs and how they are judged.
+"""Open performance questions, with the rows that each needs and the rule that judges them.
 
-A row is named `op: case: provider`, as `--only` sees it, so gpu.py asks the benches for exactly what is needed here.
-A question is answered when all its rows are right; else it is not measured, and the answer says why. On a CPU the same
-questions name the CPU's small cases, which proves the names and decides nothing.
+A row is named `op: case: provider`, as in `--only`, so gpu.py runs exactly the cases needed here. A question is
+answered if all its rows are right; otherwise it is not measured, and the answer gives the reason. On a CPU the same
+questions name the small CPU cases, which tests the names and decides nothing.
 
 Next: gpu.py.
 """
@@ -25,7 +25,7 @@ MEMORY = {
             "swiglu": ("swiglu, 128 x 11,008",), "mrope": ("mrope, 512 tokens",)},
 }  # fmt: skip
 HEAD_MS, FORWARD_MS, HEAD_MB = 46, 16, 1300
-GRADIENTS_MB = 2 * 2048 * (16_384 + 151_936) / 1e6  # dX and dW in bf16, which a row's extra memory holds too
+GRADIENTS_MB = 2 * 2048 * (16_384 + 151_936) / 1e6  # dX and dW in bf16, which a row's extra memory includes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def times_as_fast(factor):
 
 
 def winner(*labels, per=None):
-    """The label of the lowest sum; values are alike many to a label. per: what each label's is divided by."""
+    """The label with the lowest sum; each label has equally many values. per: divisors of the sums."""
 
     def judge(*values):
         each = len(values) // len(labels)
@@ -77,7 +77,7 @@ def met(good):
 
 
 def questions(device):
-    """All of them, with the names that rows have on "cuda" or "cpu"."""
+    """All questions, with the names of the rows on "cuda" or "cpu"."""
     head, wide = HEAD[device], ATTENTION[device]
     bare = *probe(SIZES[device]), *memory(MEMORY[device])
     return [*training(*head), *forward(*head), *attention(*wide), *step(), *bare]
@@ -161,10 +161,10 @@ def memory(cases):
 
 
 def answer(question, rows, why):
-    """One question's verdict.
+    """The verdict of one question.
 
     Args:
-        rows: name -> row; why: (op) -> why it has no other rows.
+        rows: name -> row; why: op -> the reason why it has no other rows.
 
     Returns:
         {"question", "result", "numbers"}; the result is met, missed, winner X or not measured.

@@ -1,36 +1,36 @@
-"""What both head ops share: input checks, cutting tokens into chunks, and a chunk's softmax statistics in torch.
+"""Code shared by both head ops: input checks, chunks of tokens, matrix products, and softmax statistics in torch.
 
 Rows are shifted by their maximum before exp. Statistics are fp32 (fp64 for fp64 inputs): rounding
 logits to bf16 first would cost up to 0.1 nat.
 
-Next: linear_logprob.py, linear_loss.py.
+Next: linear_logprob.py, log-probs without logits.
 """
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import _triton
 
-IMPLS = "auto", "triton", "chunked", "reference"
-# Of the (C, V) buffer. On a GPU each chunk reads and writes an fp32 dW, so they are few: at V = 151,936 of 2,048 tokens
-# with fp32 logits, of 4,096 with bf16. Not by free memory: sums would then depend on what else is on the GPU.
+IMPLS = "triton", "chunked", "reference"
+# Bytes of the (C, V) buffer. On a GPU every chunk reads and writes an fp32 dW, so chunks are large: at V = 151,936 they
+# have 2,048 tokens with fp32 logits, 4,096 with bf16. Sized by free memory, sums would depend on other processes.
 CHUNK_BYTES = {"cpu": 128_000_000, "cuda": 1_245_000_000}
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the rows whose exp is held at a time
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of a block of rows, whose exp is computed at once
 
 
-def choose_impl(impl, hidden, weight, target):
-    """What "auto" stands for: "triton" for CUDA tensors, unless they are fp64, else "chunked".
+def choose_impl(impl: str, hidden: Tensor, weight: Tensor, target: Tensor) -> str:
+    """The implementation to run; "auto" is "triton" for CUDA tensors except fp64, else "chunked".
 
     Raises:
-        ValueError: no such impl, or tensors that Triton kernels cannot read.
+        ValueError: an unknown impl, or tensors that Triton kernels cannot read.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r}: one of {', '.join(IMPLS)}")
-    if impl == "auto":
-        impl = "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "chunked"
+    impl = _triton.resolve_impl(impl, IMPLS, "chunked", hidden)
     if impl == "triton":
         if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f'hidden is {hidden.dtype}: impl="triton" has bfloat16, float16, float32; use "chunked"')
@@ -38,16 +38,15 @@ def choose_impl(impl, hidden, weight, target):
     return impl
 
 
-def check_head(hidden, weight, target, temperature, banned):
-    """Refuse what would compute garbage. The weight has hidden's dtype, or is the fp32 master of a 16-bit one.
+def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, banned: Sequence[int]) -> None:
+    """Refuse inputs of a head op that would give garbage.
 
-    Values of targets are read where that costs nothing, on a CPU. Elsewhere the device checks them when it comes to
-    them, and ends the process as torch's cross_entropy would: to read them here, the host had to wait for all that is
-    in flight.
+    On a CPU the values of targets are checked here. Reading them from a GPU would wait for all kernels in flight, so
+    there a device-side assertion checks them and ends the process, as in torch's cross_entropy.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a sharded weight, a target or banned id out of range, a banned target,
-            temperature <= 0.
+        ValueError: wrong shapes or dtypes (weight has hidden's dtype, or is the fp32 master of a 16-bit one), a sharded
+            weight, a target or banned id out of range, a banned target, temperature <= 0.
     """
     if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
         raise ValueError("the head's weight is sharded (DTensor): gather it first, as in weight.full_tensor()")
@@ -62,67 +61,79 @@ def check_head(hidden, weight, target, temperature, banned):
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target {tuple(target.shape)} {target.dtype}: want ({len(hidden)},) int64")
     if any(not 0 <= token < len(weight) for token in banned):
-        raise ValueError(f"banned={tuple(banned)}: ids in [0, {len(weight)}) are wanted")
+        raise ValueError(f"banned={tuple(banned)}: ids must be in [0, {len(weight)})")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
-    outside = (target < 0) | (target >= len(weight))  # (N,)
-    forbidden = torch.isin(target, banned_ids(tuple(banned), target.device)) if banned else torch.zeros_like(outside)
+    inside = (target >= 0) & (target < len(weight))  # (N,)
+    ids = banned_ids(tuple(banned), target.device)
+    allowed = inside if ids is None else torch.isin(target, ids, invert=True)
     if target.device.type != "cpu":
-        torch._assert_async(~(outside | forbidden).any(), f"a target is banned, or not in [0, {len(weight)})")
-    elif outside.any():
+        torch._assert_async((inside & allowed).all(), f"a target is banned, or not in [0, {len(weight)})")
+    elif not inside.all():
         raise ValueError(
             f"targets run from {int(target.min())} to {int(target.max())}, the vocabulary has {len(weight)} rows"
         )
-    elif forbidden.any():
+    elif not allowed.all():
         raise ValueError(f"a target is one of the banned tokens {tuple(banned)}: it has no log-probability")
 
 
-def stats_dtype(hidden):
+def stats_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of log-probs, entropies and their sums."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def chunks(hidden, weight, chunk_tokens, dtype):
-    """Slices of the token axis, each small enough for its (C, V) buffer of `dtype`."""
+def chunks(hidden: Tensor, weight: Tensor, chunk_tokens: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of the token axis, whose (C, V) logits of `dtype` fit into CHUNK_BYTES, or of `chunk_tokens`."""
     if chunk_tokens < 0:
         raise ValueError(f"chunk_tokens={chunk_tokens}: at least 1, or 0 to choose by device and vocabulary")
     fit = CHUNK_BYTES.get(hidden.device.type, 0) // (len(weight) * dtype.itemsize)
     return _cut(len(hidden), chunk_tokens or max(16, fit))
 
 
-def blocks(z):
-    """(slice, those rows of a chunk, scratch of their shape), a few rows at a time.
+def blocks(z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of a few rows of a chunk: (slice, those rows, scratch of their shape).
 
-    One scratch serves all, since the heap would grow by one a block if each were made anew.
+    All blocks share one scratch buffer: with a new one per block the heap grew by its size every time.
     """
-    parts = _cut(len(z), max(1, BLOCK_ELEMENTS.get(z.device.type, 0) // z.shape[1]))
-    scratch = torch.empty_like(z[parts[0]])  # (B, V)
-    for rows in parts:
+    slices = _cut(len(z), max(1, BLOCK_ELEMENTS.get(z.device.type, 0) // z.shape[1]))
+    scratch = torch.empty_like(z[slices[0]])  # (B, V)
+    for rows in slices:
         yield rows, z[rows], scratch[: rows.stop - rows.start]
 
 
-def _cut(count, size):
-    """Slices of range(count), as few as can be at no more than `size` each, and then even."""
+def _cut(count: int, size: int) -> list[slice]:
+    """The fewest slices of range(count) of at most `size` each, of even lengths."""
     size = math.ceil(count / math.ceil(count / size)) if count else 1
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @functools.lru_cache
-def banned_ids(banned, device):
-    """The ids, a tuple, as a tensor for index_fill_, or None. Made once: the host waits for each copy to the device."""
-    with torch.inference_mode(False):  # it may serve training next
+def banned_ids(banned: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The ids as a tensor for index_fill_, or None without any. Cached: the host waits for each copy to the device."""
+    with torch.inference_mode(False):  # training may use it next
         return torch.tensor(banned, device=device) if banned else None
 
 
-def product(a, b, dtype):
-    """a @ b in `dtype`, which is theirs or wider; logits before temperature, for one."""
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, which is theirs or wider: for example fp32 logits of bf16 hidden states and weights."""
+    a, b, options = _operands(a, b, dtype)
+    return torch.mm(a, b, **options)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b in total's dtype, which is theirs or wider; first: total = a @ b."""
+    a, b, options = _operands(a, b, total.dtype)
+    torch.addmm(total, a, b, beta=0 if first else 1, out=total, **options)
+
+
+def _operands(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Operands and options of a product in `dtype`. A GPU's 16-bit products have an fp32 sum, and need no copies."""
     if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:  # keep the matmul's fp32 accumulator
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+        return a, b, {}
+    return (a, b, dict(out_dtype=dtype)) if a.is_cuda else (a.to(dtype), b.to(dtype), {})
 
 
-def softmax_stats(z, target, temperature, banned):
+def softmax_stats(z: Tensor, target: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
     """Log-probs, entropies and log-sum-exps (3, C) of logits z (C, V), which become z / temperature - max in place."""
     logp, entropy, lse = stats = z.new_empty(3, len(z))  # (C,) each
     for rows, block, e in blocks(z):
@@ -131,8 +142,8 @@ def softmax_stats(z, target, temperature, banned):
             block.index_fill_(1, banned, -1e9)
         top, place = block.max(1, keepdim=True)  # (B, 1) twice
         torch.exp(block.sub_(top), out=e).scatter_(1, place, 0)
-        rest = e.sum(1)  # (B,), without the largest's 1, next to which a small sum would round away
+        rest = e.sum(1)  # (B,), without the maximum's own 1, beside which a small sum would be rounded away
         lse[rows] = rest.log1p()
         logp[rows] = block.gather(1, target[rows, None]).squeeze(1) - lse[rows]
-        entropy[rows] = lse[rows] - e.mul_(block).sum(1) / (1 + rest)  # the largest's z is 0 and adds nothing
+        entropy[rows] = lse[rows] - e.mul_(block).sum(1) / (1 + rest)  # the maximum has z = 0 and adds nothing
     return stats

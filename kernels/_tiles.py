@@ -1,145 +1,195 @@
-"""Work lists of the attention kernels, built on the host once a pack, and how kernels read them.
+"""Work lists of the attention kernels, built on the host once a pack, and the device functions that read them.
 
-A query tile is a span's row of the table, cut to a few queries: one program of the forward and dQ kernels.
+A query tile is a few queries of one span: one program of the forward and dQ kernels.
 
-A key tile is a run of keys that the same spans see, so the key axis is cut wherever any key range begins or
-ends: a prompt's keys serve the prompt and all of its responses. A tile lists the query ranges that see it, its
-visits. One program of the dK/dV kernel takes all of them, or, where the tiles alone would leave the chip idle
-or one tile would outlast the rest, a piece of them: pieces write fp32 partial sums to slots of their own, and a
-tile's slots are added in order. Nothing depends on which program runs first.
+A key tile is a run of keys that are visible to the same spans, so the key axis is cut wherever any key range begins
+or ends: a prompt's keys serve the prompt and all of its responses. Its visits are the query ranges that see it. Usually
+one program of the dK/dV kernel computes them all. If that would leave SMs idle, or one tile would outlast all others,
+visits are split into pieces: each piece writes fp32 partial sums to a buffer slot, and a last kernel adds a tile's
+slots in order. So no result depends on the order in which programs run.
 
-Causality is a shift: row r sees key j of a range if j <= r + shift, UNBOUNDED where it sees them all.
+Causality is a shift: row r sees key j of a range if j <= r + shift; UNBOUNDED if it sees all of them.
 
-Next: attention.py.
+Next: _sdpa.py, attention on a CPU.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-UNBOUNDED = 1 << 30  # added to any row it still fits int32
-_UNBOUNDED = tl.constexpr(UNBOUNDED)  # as kernels read it
-PROGRAMS_PER_SM = 2  # what dK/dV is split for: the longest program is then at most half of an SM's share
-MIN_WORK = 16  # (query block, head) pairs of a piece, below which writing and adding its partial sums costs too much
+from ._spans import Spans
+
+UNBOUNDED = 1 << 30  # plus any row still fits int32
+_UNBOUNDED = tl.constexpr(UNBOUNDED)  # for kernels
+PROGRAMS_PER_SM = 2  # of dK/dV, the goal of splitting: then the longest program takes at most half of an SM's share
+MIN_WORK = 16  # (query block, head) pairs of a piece: with fewer, its partial sums cost more than the split saves
+
+
+class QueryTile(NamedTuple):
+    row0: int  # query rows [row0, row1)
+    row1: int
+    p0: int  # prefix keys [p0, p1)
+    p1: int
+    k0: int  # own keys [k0, k1) that any of the rows sees
+    k1: int
+    shift: int  # over own keys
 
 
 class QueryTiles(NamedTuple):
-    tiles: torch.Tensor  # (n, 7) int32: row0, row1, p0, p1, k0, k1, shift; the longest first
-    holes: bool  # rows that no tile covers
+    tiles: Tensor  # (n, 7) int32 on the device: `QueryTile` rows, those with most keys first
+    holes: bool  # some rows of the pack are in no tile
+
+
+class Visit(NamedTuple):
+    """Query rows [row0, row1) that see a key tile."""
+
+    row0: int
+    row1: int
+    shift: int
+
+    def blocks(self, block_m: int) -> int:
+        return -(-(self.row1 - self.row0) // block_m)
+
+
+class Piece(NamedTuple):
+    """The visits of a key tile that one program of the dK/dV kernel computes."""
+
+    key0: int  # keys [key0, key1)
+    key1: int
+    slot: int  # of its partial sums; -1: the only piece, which writes dK and dV itself
+    diagonal: list[Visit]  # need a causal mask
+    whole: list[Visit]  # see every key of the tile
+    blocks: int  # query blocks of all visits
 
 
 class KeyTiles(NamedTuple):
-    pieces: torch.Tensor  # (n, 6) int32: key0, key1, slot or -1, visits [a, b) cut by the diagonal, [b, c) whole
-    visits: torch.Tensor  # (m, 3) int32: row0, row1, shift
-    sums: torch.Tensor  # (s, 4) int32: key0, key1 of a tile in several pieces, and its slots [a, b)
+    """The work list of the dK/dV kernel, on the device."""
+
+    pieces: Tensor  # (n, 6) int32: key0, key1, slot, and rows of `visits`: diagonal [a, b), whole [b, c)
+    visits: Tensor  # (m, 3) int32: `Visit` rows
+    sums: Tensor  # (s, 4) int32, the split tiles: key0, key1, slots [a, b)
     slots: int
-    holes: bool  # keys that no piece covers
+    holes: bool  # some keys of the pack are in no tile
 
 
-def _spans(spans):
-    """Spans that have queries, in query order, so that the order of the table changes no bit."""
-    assert spans.num_tokens < UNBOUNDED
-    return sorted(row for row in spans.table.tolist() if row[1] > row[0])
-
-
-def _table(rows, fields, device):
+def _table(rows: Sequence[Sequence[int]], fields: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(-1, fields).to(device)
 
 
-def longest(spans):
-    """The largest number of queries or keys that a span has."""
-    sizes = [max(q1 - q0, k1 - k0 + p1 - p0) for q0, q1, k0, k1, p0, p1, _ in _spans(spans)]
-    return max(sizes, default=0)
+def longest(spans: Spans) -> int:
+    """The largest number of queries or keys of a span."""
+    return max((max(s.queries, s.keys) for s in spans.in_query_order()), default=0)
 
 
-def query_tiles(spans, device, block_m):
+def query_tiles(spans: Spans, device: torch.device, block_m: int) -> QueryTiles:
+    """Tiles of up to `block_m` queries."""
+    assert spans.num_tokens < UNBOUNDED
     tiles = []
-    for q0, q1, k0, k1, p0, p1, causal in _spans(spans):
-        for row0 in range(q0, q1, block_m):
-            row1, shift = min(row0 + block_m, q1), k0 - q0 if causal else UNBOUNDED
-            tiles.append((row0, row1, p0, p1, k0, row1 + shift if causal else k1, shift))
-    tiles.sort(key=lambda t: t[2] - t[3] + t[4] - t[5])
-    return QueryTiles(_table(tiles, 7, device), sum(t[1] - t[0] for t in tiles) < spans.num_tokens)
+    for s in spans.in_query_order():
+        shift = s.k0 - s.q0 if s.causal else UNBOUNDED
+        for row0 in range(s.q0, s.q1, block_m):
+            row1 = min(row0 + block_m, s.q1)
+            tiles.append(QueryTile(row0, row1, s.p0, s.p1, s.k0, row1 + shift if s.causal else s.k1, shift))
+    tiles.sort(key=lambda tile: tile.p0 - tile.p1 + tile.k0 - tile.k1)
+    return QueryTiles(_table(tiles, 7, device), sum(tile.row1 - tile.row0 for tile in tiles) < spans.num_tokens)
 
 
-def _segments(spans):
-    """Runs of keys that the same spans see: [(key0, key1, [(q0, q1, shift)])]."""
-    ranges = []  # (first key, end, q0, q1, shift)
-    for q0, q1, k0, k1, p0, p1, causal in _spans(spans):
-        ranges += [(p0, p1, q0, q1, UNBOUNDED)] if p1 > p0 else []
-        ranges += [(k0, k1, q0, q1, k0 - q0 if causal else UNBOUNDED)] if k1 > k0 else []
-    cuts = sorted({cut for low, high, *_ in ranges for cut in (low, high)})
+def _segments(spans: Spans) -> list[tuple[int, int, list[Visit]]]:
+    """Key ranges [first, end) whose keys are all visible to the same query ranges."""
+    ranges = []  # (first key, end, visit)
+    for s in spans.in_query_order():
+        if s.prefix_keys:
+            ranges.append((s.p0, s.p1, Visit(s.q0, s.q1, UNBOUNDED)))
+        if s.own_keys:
+            ranges.append((s.k0, s.k1, Visit(s.q0, s.q1, s.k0 - s.q0 if s.causal else UNBOUNDED)))
+    cuts = sorted({cut for low, high, _ in ranges for cut in (low, high)})
     index = {cut: i for i, cut in enumerate(cuts)}
-    seen_by = [[] for _ in cuts]
-    for low, high, *visit in ranges:
+    visits: list[list[Visit]] = [[] for _ in cuts]
+    for low, high, visit in ranges:
         for i in range(index[low], index[high]):
-            seen_by[i].append(visit)
-    return [(low, high, by) for low, high, by in zip(cuts, cuts[1:], seen_by, strict=False) if by]
+            visits[i].append(visit)
+    return [(low, high, seen_by) for low, high, seen_by in zip(cuts, cuts[1:], visits, strict=False) if seen_by]
 
 
-def _visits(key0, key1, seen_by, block_m):
-    """Query ranges that see keys [key0, key1): those that the diagonal crosses, and those that see every key."""
+def _visits(key0: int, key1: int, seen_by: list[Visit], block_m: int) -> tuple[list[Visit], list[Visit]]:
+    """Visits of keys [key0, key1): those crossed by the diagonal, and those that see every key."""
     diagonal, whole = [], []
     for q0, q1, shift in seen_by:
         if shift != UNBOUNDED:
             row0 = key0 - shift  # the first row that sees any of these keys
             q0 = min(row0 + -(-(key1 - 1 - key0) // block_m) * block_m, q1)
-            diagonal += [(row0, q0, shift)] if q0 > row0 else []
-        whole += [(q0, q1, UNBOUNDED)] if q1 > q0 else []
+            diagonal += [Visit(row0, q0, shift)] if q0 > row0 else []
+        whole += [Visit(q0, q1, UNBOUNDED)] if q1 > q0 else []
     return diagonal, whole
 
 
-def _blocks(visits, block_m):
-    return sum(-(-(row1 - row0) // block_m) for row0, row1, _ in visits)
-
-
-def _cut(visits, first, last, block_m):
-    """The part of `visits` that makes up their query blocks [first, last)."""
-    part = []
-    for row0, row1, shift in visits:
-        low, high = max(row0, row0 + first * block_m), min(row1, row0 + last * block_m)
-        part += [(low, high, shift)] if low < high else []
-        blocks = _blocks([(row0, row1, shift)], block_m)
+def _cut(visits: list[Visit], first: int, last: int, block_m: int) -> list[Visit]:
+    """The query blocks [first, last) of `visits`."""
+    selected = []
+    for visit in visits:
+        low, high = max(visit.row0, visit.row0 + first * block_m), min(visit.row1, visit.row0 + last * block_m)
+        selected += [Visit(low, high, visit.shift)] if low < high else []
+        blocks = visit.blocks(block_m)
         first, last = first - blocks, last - blocks
-    return part
+    return selected
 
 
-def key_tiles(spans, device, block_m, block_n, group, kv_heads, num_sms):
-    """For `group` q heads a kv head, all of which a program goes through."""
-    tiles = []  # (key0, key1, diagonal, whole, blocks)
+def _split(tile: Piece, limit: int, slot: int, block_m: int) -> list[Piece]:
+    """Pieces of a key tile, of even work and at most `limit` blocks; slots are numbered from `slot`."""
+    size = -(-tile.blocks // -(-tile.blocks // limit))
+    starts = range(0, tile.blocks, size)
+    if len(starts) == 1:
+        return [tile]
+    crossed = sum(visit.blocks(block_m) for visit in tile.diagonal)
+    pieces = []
+    for i, first in enumerate(starts):
+        diagonal = _cut(tile.diagonal, first, first + size, block_m)
+        whole = _cut(tile.whole, first - crossed, first + size - crossed, block_m)
+        pieces.append(Piece(tile.key0, tile.key1, slot + i, diagonal, whole, min(size, tile.blocks - first)))
+    return pieces
+
+
+def key_tiles(
+    spans: Spans, device: torch.device, block_m: int, block_n: int, group: int, kv_heads: int, num_sms: int
+) -> KeyTiles:
+    """Tiles of up to `block_n` keys, visited by blocks of `block_m` queries.
+
+    Args:
+        group: q heads per kv head; a program computes all of them.
+    """
+    assert spans.num_tokens < UNBOUNDED
+    tiles = []
     for low, high, seen_by in _segments(spans):
         for key0 in range(low, high, block_n):
             key1 = min(key0 + block_n, high)
             diagonal, whole = _visits(key0, key1, seen_by, block_m)
-            tiles.append((key0, key1, diagonal, whole, _blocks(diagonal + whole, block_m)))
-    work = sum(tile[4] for tile in tiles) * group * kv_heads
+            blocks = sum(visit.blocks(block_m) for visit in diagonal + whole)
+            tiles.append(Piece(key0, key1, -1, diagonal, whole, blocks))
+    work = sum(tile.blocks for tile in tiles) * group * kv_heads
     limit = max(1, max(MIN_WORK, -(-work // (PROGRAMS_PER_SM * num_sms))) // group)  # blocks of a program
-    todo, sums, slots = [], [], 0  # todo: (blocks, key0, key1, slot, diagonal, whole)
-    for key0, key1, diagonal, whole, blocks in tiles:
-        size = -(-blocks // -(-blocks // limit))  # of even pieces
-        crossed = _blocks(diagonal, block_m)
-        starts = range(0, blocks, size)
-        for piece, first in enumerate(starts):
-            parts = [_cut(diagonal, first, first + size, block_m)]
-            parts += [_cut(whole, first - crossed, first + size - crossed, block_m)]
-            todo.append((min(size, blocks - first), key0, key1, slots + piece if len(starts) > 1 else -1, *parts))
-        if len(starts) > 1:
-            sums.append((key0, key1, slots, slots + len(starts)))
-            slots += len(starts)
-    pieces, visits = [], []
-    for _, key0, key1, slot, diagonal, whole in sorted(todo, key=lambda piece: -piece[0]):
-        a, b = len(visits), len(visits) + len(diagonal)
-        visits += diagonal + whole
-        pieces.append((key0, key1, slot, a, b, len(visits)))
-    holes = sum(tile[1] - tile[0] for tile in tiles) < spans.num_tokens
-    return KeyTiles(_table(pieces, 6, device), _table(visits, 3, device), _table(sums, 4, device), slots, holes)
+    pieces, sums, slots = list[Piece](), [], 0
+    for tile in tiles:
+        split = _split(tile, limit, slots, block_m)
+        pieces += split
+        if len(split) > 1:
+            sums.append((tile.key0, tile.key1, slots, slots + len(split)))
+            slots += len(split)
+    table, visits = [], list[Visit]()
+    for piece in sorted(pieces, key=lambda piece: -piece.blocks):
+        a, b = len(visits), len(visits) + len(piece.diagonal)
+        visits += piece.diagonal + piece.whole
+        table.append((piece.key0, piece.key1, piece.slot, a, b, len(visits)))
+    holes = sum(tile.key1 - tile.key0 for tile in tiles) < spans.num_tokens
+    return KeyTiles(_table(table, 6, device), _table(visits, 3, device), _table(sums, 4, device), slots, holes)
 
 
 @triton.jit
 def query_tile(tiles, index, BLOCK_N: tl.constexpr):
-    """A query tile's rows, how many of its key blocks need no mask, how many blocks it has, and what names them."""
+    """Rows of a query tile, number of its key blocks that need no mask, number of all, and the input of `key_block`."""
     tile = tiles + index * 7
     row0, row1, p0, p1 = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     k0, k1, shift = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
@@ -152,8 +202,11 @@ def query_tile(tiles, index, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def key_block(i, blocks, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """First key, end and causal shift of block i. The order is: whole blocks of the prefix, whole blocks of the own
-    keys, the prefix's tail, the own diagonal and tail; so one loop without masks is followed by one with."""
+    """First key, end and causal shift of block i.
+
+    Order: whole blocks of the prefix, whole blocks of own keys, tail of the prefix, diagonal and tail of own keys. So a
+    loop without masks is followed by one with masks.
+    """
     p0, p1, k0, k1, shift, whole_p, whole_k, tail_p = blocks
     if MASKED:
         in_prefix = i < whole_p + whole_k + tail_p

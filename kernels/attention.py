@@ -2,28 +2,31 @@
 
     out[i] = sum_j p[i,j] v[j],   p[i,:] = softmax_j(scale * q[i] . k[j]) over the keys that row i's span may see
 
-A pack is one flat token axis. Each span is a query range with its own key range, and may have a
-prefix range besides: G responses are G causal spans that share their prompt as prefix, so that the
-prompt's keys and values exist once. Vision windows are non-causal spans without a prefix.
+A pack is one flat token axis. Each span is a query range with its own key range and an optional prefix
+range: G responses are G causal spans that share their prompt as prefix, so that the prompt's keys and
+values exist once. Vision windows are non-causal spans without a prefix.
 
 The gradients, for upstream gradient do, with delta[i] = sum_j p[i,j] dp[i,j] = out[i] . do[i]:
     dv[j] = sum_i p[i,j] do[i],   dp[i,j] = do[i] . v[j],   ds[i,j] = p[i,j] (dp[i,j] - delta[i])
     dq[i] = scale sum_j ds[i,j] k[j],   dk[j] = scale sum_i ds[i,j] q[i]
-Forward keeps the log-sum-exp of each row, and backward makes p again from it (FlashAttention-2,
-arXiv:2307.08691, algorithms 1 and 2). dQ and dK/dV are kernels of their own: that makes the scores twice, but
+Forward saves the log-sum-exp of each row, from which backward recomputes p (FlashAttention-2,
+arXiv:2307.08691, algorithms 1 and 2). dQ and dK/dV are separate kernels: that computes the scores twice, but
 needs no atomics, so equal inputs give equal bits. Softmax is in base 2; log2(e) is folded into the scale.
 
-`attention_ref` is the definition, a loop over spans. `impl="triton"` are the kernels below over the work lists of
-_tiles.py. `impl="sdpa"` is the CPU path, _sdpa.py; "varlen" and "flash" borrow flash kernels, _varlen.py.
+`attention_ref` is the definition, a loop over spans. `impl="triton"` runs the kernels below on the work lists of
+_tiles.py. `impl="sdpa"` is the CPU path, _sdpa.py; "varlen" and "flash" call external flash kernels, _varlen.py.
+
+Next: _spans.py, which tokens attend to which.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import _triton
 from ._sdpa import attention_sdpa
@@ -34,19 +37,19 @@ from ._varlen import attention_flash, attention_varlen
 __all__ = ["Spans", "attention", "attention_ref"]
 
 
-def attention_ref(q, k, v, spans, scale):
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> Tensor:
     """The definition. Rows outside every span are zero."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
-    for q0, q1, k0, k1, p0, p1, causal in spans.table.tolist():
-        keys = torch.cat([k[p0:p1], k[k0:k1]]).repeat_interleave(group, 1)  # (L, Hq, D)
-        values = torch.cat([v[p0:p1], v[k0:k1]]).repeat_interleave(group, 1)  # (L, Hq, D)
-        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * scale  # (Hq, Lq, L)
-        if causal:
-            own = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril()
-            seen = F.pad(own, (p1 - p0, 0), value=True)
-            scores = scores.masked_fill(~seen, float("-inf"))
-        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    for s in spans.rows:
+        keys = torch.cat([k[s.p0 : s.p1], k[s.k0 : s.k1]]).repeat_interleave(group, 1)  # (L, Hq, D)
+        values = torch.cat([v[s.p0 : s.p1], v[s.k0 : s.k1]]).repeat_interleave(group, 1)  # (L, Hq, D)
+        scores = torch.einsum("qhd,khd->hqk", q[s.q0 : s.q1], keys) * scale  # (Hq, Lq, L)
+        if s.causal:
+            own = torch.ones(s.queries, s.own_keys, dtype=torch.bool, device=q.device).tril()
+            visible = F.pad(own, (s.prefix_keys, 0), value=True)
+            scores = scores.masked_fill(~visible, float("-inf"))
+        out[s.q0 : s.q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
     return out
 
 
@@ -59,8 +62,8 @@ class Tile(NamedTuple):
 
 LOG2_E = math.log2(math.e)
 WINDOW = 64
-SUM_ROWS = 16  # keys of a program that adds partial sums: few, since few tiles are split
-CONFIGS = {  # chip -> kernel -> tiles for: D = 2^n; D padded to that; spans of at most WINDOW queries and keys
+SUM_ROWS = 16  # keys of a program that adds partial sums: few keys, because few tiles are split
+CONFIGS = {  # chip -> kernel -> tile if D = 2^n; if D is padded to 2^n; if spans have at most WINDOW queries and keys
     0: dict(forward=(Tile(32, 16, 4, 1),) * 3, dq=(Tile(32, 16, 4, 1),) * 3, dkv=(Tile(16, 32, 4, 1),) * 3),
     80: dict(
         forward=(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
@@ -87,7 +90,7 @@ def _forward_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    head = (tl.program_id(0) % HEADS).to(tl.int64)  # heads that share keys run side by side, and meet in L2
+    head = (tl.program_id(0) % HEADS).to(tl.int64)  # heads that share keys are neighbours, and share them in L2
     row0, row1, whole, total, blocks = query_tile(tiles, tl.program_id(0) // HEADS, BLOCK_N)
     rows = row0 + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q + head * stride_qh, rows, stride_qt, row1, D, BLOCK_D, True, UPCAST)  # (BLOCK_M, BLOCK_D)
@@ -128,7 +131,7 @@ def _dq_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     o_tile = load_rows(out + head * D, rows, HEADS * D, row1, D, BLOCK_D, True, UPCAST)  # (BLOCK_M, BLOCK_D)
     do_tile = load_rows(do + head * D, rows, HEADS * D, row1, D, BLOCK_D, True, UPCAST)  # (BLOCK_M, BLOCK_D)
-    # delta needs these rows of out and do and nothing else: made here, dK/dV finds it without a pass of its own.
+    # delta needs only these rows of out and do. Computed here, it costs dK/dV no extra pass.
     delta_row = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(delta + head * tokens + rows, delta_row, mask=rows < row1)
     lse_row = tl.load(lse + head * tokens + rows, mask=rows < row1, other=float("inf"))
@@ -205,7 +208,7 @@ def _sum_kernel(
     partial, dk, dv, sums,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of ROWS keys of a tile: its slots, added in order."""
+    """dK and dV of ROWS keys of a split tile: the sum of its slots, in order."""
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     part = tl.program_id(0) // KV_HEADS
     tile = sums + part // (BLOCK_N // ROWS) * 4
@@ -222,34 +225,35 @@ def _sum_kernel(
     store_rows(dv + kv_head * D, key0 + keys, KV_HEADS * D, key1, dv_acc, D, BLOCK_D)
 
 
-def _options(kernel, q, spans):
+def _options(kernel: str, q: Tensor, spans: Spans) -> dict[str, Any]:
+    """Constants of a launch."""
     dim, block_d = q.shape[2], max(16, triton.next_power_of_2(q.shape[2]))
-    use = 2 if spans.plan(longest) <= WINDOW else int(dim < block_d)
+    column = 2 if spans.cached(longest) <= WINDOW else int(dim < block_d)
     arch = _triton.arch(q.device)
-    tile = FP32 if arch and q.dtype == torch.float32 else CONFIGS[arch][kernel][use]
+    tile = FP32 if arch and q.dtype == torch.float32 else CONFIGS[arch][kernel][column]
     return dict(
         D=dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, UPCAST=_triton.INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _unwritten(x, holes):
-    """Contiguous like x, for kernels to fill; rows that no tile covers must be zero."""
+def _output(x: Tensor, holes: bool) -> Tensor:
+    """Contiguous, shaped like x, for kernels to fill. With holes it starts at zero: no tile writes those rows."""
     return (torch.zeros if holes else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, spans, scale):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> Tensor:
         tokens, heads, _ = q.shape
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
         options = _options("forward", q, spans)
-        plan = spans.plan(query_tiles, q.device, options["BLOCK_M"])
-        out = _unwritten(q, plan.holes)  # (T, Hq, D)
+        tiles, holes = spans.cached(query_tiles, q.device, options["BLOCK_M"])
+        out = _output(q, holes)  # (T, Hq, D)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)  # (Hq, T), base 2
         with _triton.on(q.device):
-            _forward_kernel[(len(plan.tiles) * heads,)](
-                q, k, v, out, lse, plan.tiles, *strides, tokens, scale * LOG2_E,
+            _forward_kernel[(len(tiles) * heads,)](
+                q, k, v, out, lse, tiles, *strides, tokens, scale * LOG2_E,
                 HEADS=heads, GROUP=heads // k.shape[1], **options,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
@@ -258,39 +262,39 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         (tokens, heads, dim), kv_heads, device = q.shape, k.shape[1], q.device
         group, scale, spans = heads // kv_heads, ctx.scale, ctx.spans
         strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-        do = do.contiguous()  # the model's is; after out.sum() it is an expanded scalar
+        do = do.contiguous()  # no copy in the model; the gradient of out.sum() is an expanded scalar
         delta = torch.empty_like(lse)  # (Hq, T)
         with _triton.on(device):
             options = _options("dq", q, spans)
-            plan = spans.plan(query_tiles, device, options["BLOCK_M"])
-            dq = _unwritten(q, plan.holes)  # (T, Hq, D)
-            _dq_kernel[(len(plan.tiles) * heads,)](
-                q, k, v, out, do, lse, delta, dq, plan.tiles, *strides, tokens, scale * LOG2_E, scale,
+            tiles, holes = spans.cached(query_tiles, device, options["BLOCK_M"])
+            dq = _output(q, holes)  # (T, Hq, D)
+            _dq_kernel[(len(tiles) * heads,)](
+                q, k, v, out, do, lse, delta, dq, tiles, *strides, tokens, scale * LOG2_E, scale,
                 HEADS=heads, GROUP=group, **options,
             )  # fmt: skip
 
             options = _options("dkv", q, spans)
             rows, keys, sms = options["BLOCK_M"], options["BLOCK_N"], _triton.num_sms(device)
-            plan = spans.plan(key_tiles, device, rows, keys, group, kv_heads, sms)
-            dk, dv = _unwritten(k, plan.holes), _unwritten(v, plan.holes)  # (T, Hkv, D)
-            partial = torch.empty(plan.slots, kv_heads, 2, keys, dim, dtype=torch.float32, device=device)
-            _dkv_kernel[(len(plan.pieces) * kv_heads,)](
-                q, k, v, do, lse, delta, dk, dv, partial, plan.pieces, plan.visits, *strides, tokens,
+            work = spans.cached(key_tiles, device, rows, keys, group, kv_heads, sms)
+            dk, dv = _output(k, work.holes), _output(v, work.holes)  # (T, Hkv, D)
+            partial = torch.empty(work.slots, kv_heads, 2, keys, dim, dtype=torch.float32, device=device)
+            _dkv_kernel[(len(work.pieces) * kv_heads,)](
+                q, k, v, do, lse, delta, dk, dv, partial, work.pieces, work.visits, *strides, tokens,
                 scale * LOG2_E, scale, KV_HEADS=kv_heads, GROUP=group, **options,
             )  # fmt: skip
-            if plan.slots:
-                _sum_kernel[(len(plan.sums) * (keys // SUM_ROWS) * kv_heads,)](
-                    partial, dk, dv, plan.sums, kv_heads, dim, options["BLOCK_D"], keys, SUM_ROWS
+            if work.slots:
+                _sum_kernel[(len(work.sums) * (keys // SUM_ROWS) * kv_heads,)](
+                    partial, dk, dv, work.sums, kv_heads, dim, options["BLOCK_D"], keys, SUM_ROWS
                 )
         return dq, dk, dv, None, None
 
 
-def attention_triton(q, k, v, spans, scale):
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> Tensor:
     """`attention` by the kernels above. Only the last axis must be dense, so slices of a fused qkv need no copy."""
     _triton.check_device(dense_axes=1, q=q, k=k, v=v)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -309,28 +313,27 @@ IMPLS = {
 }
 
 
-def attention(q, k, v, spans, *, scale=None, impl="auto"):
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, scale: float | None = None, impl: str = "auto"
+) -> Tensor:
     """Attention over a pack, differentiable in q, k and v.
 
     Args:
         q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv; one dtype.
-        spans: `Spans` over the same T. Rows in no span come out as zero.
+        spans: over the same T. Rows outside of all spans are zero in the result.
         scale: of the scores, positive; default 1 / sqrt(D).
-        impl: "auto" goes by device and dtype: "triton" for CUDA tensors but fp64, else "sdpa". By name: "triton" (D a
-            multiple of 8 up to 128; fp32, bf16 or fp16; any strides but unit stride in D), "varlen" (torch's flash
-            kernels) and "flash" (the flash-attn package; both fp16 or bf16 on a GPU), "sdpa" (padded batches),
-            "reference" (the definition).
+        impl: "auto": "triton" for CUDA tensors except fp64, else "sdpa".
+            "triton": fp32, bf16 or fp16; D a multiple of 8 up to 128; unit stride in D, other strides are free.
+            "varlen" (torch's flash kernels), "flash" (the flash-attn package): fp16 or bf16 on a GPU.
+            "sdpa": padded batches. "reference": the definition.
 
     Returns:
         (T, Hq, D) in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices, strides or spans that do not fit together or the impl; an unknown impl.
+        ValueError: shapes, dtypes, devices, strides or spans that do not match each other or the impl; an unknown impl.
     """
-    if impl == "auto":
-        impl = "triton" if q.is_cuda and q.dtype != torch.float64 else "sdpa"
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r}: one of auto, {', '.join(IMPLS)}")
+    impl = _triton.resolve_impl(impl, IMPLS, "sdpa", q)
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[::2] == q.shape[::2]
     if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -342,6 +345,6 @@ def attention(q, k, v, spans, *, scale=None, impl="auto"):
     if spans.num_tokens != q.shape[0]:
         raise ValueError(f"spans describe {spans.num_tokens} tokens, q has {q.shape[0]}")
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    if not 1e-30 < scale < 1e30:  # beyond, fp32 makes 0 or infinity of it
+    if not 1e-30 < scale < 1e30:  # outside, fp32 rounds it to 0 or infinity
         raise ValueError(f"scale={scale}: want a positive finite number")
     return IMPLS[impl](q, k, v, spans, scale)

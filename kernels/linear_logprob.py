@@ -1,23 +1,25 @@
-"""Log-probability and entropy of sampled tokens, without keeping logits.
+"""Log-probability and entropy of sampled tokens; the (N, V) logits are never allocated.
 
     z = hidden @ weight.T / temperature        (banned columns: -inf)
     logp[t] = z[t, y[t]] - lse(z[t]),    entropy[t] = lse(z[t]) - sum_v p[t, v] z[t, v]
 
-`impl="triton"` never writes a logit. A program holds a tile of tokens and walks over a split of the
-vocabulary; each tile of logits, an fp32 accumulator, goes into running sums of its rows (_rows.py has
-the formulas) and is gone. A small second kernel merges the splits in a fixed order, so that a run can
-be repeated bit by bit.
+`impl="triton"` never writes logits to memory. A program owns a tile of tokens and loops over a split of the
+vocabulary; it adds each tile of logits, an fp32 accumulator, to running sums of the rows (formulas: _rows.py).
+A small second kernel merges the splits in a fixed order, so equal inputs give equal bits.
 
-`impl="chunked"` is plain torch: a chunk of tokens meets the vocabulary at a time, so the extra memory
-is one (C, V) buffer whatever N is; what its statistics need besides is made for a few rows at a time,
-while they are in cache.
+`impl="chunked"` is plain torch, one chunk of tokens at a time: the extra memory is one (C, V) buffer for any N,
+and the temporaries of its statistics cover a few rows, which stay in cache.
 
-Next: linear_loss.py, which makes gradients out of the same chunks.
+Next: _rows.py, statistics and gradients of a row of logits.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _triton
@@ -35,9 +37,11 @@ FP32_CONFIG = dict(BLOCK_N=32, BLOCK_V=64, BLOCK_H=16, TMA=False, num_warps=4, n
 GROUP = 32  # token tiles that share slabs of the weight: at H = 2048 their bf16 rows, 17 MB, stay in L2
 
 
-def linear_logprob_ref(hidden, weight, target, temperature=1.0, banned=()):
-    """The definition, with whole logits; differentiable."""
-    if hidden.dtype != weight.dtype:  # the values of the rounded weight, and a gradient that nothing rounds
+def linear_logprob_ref(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The definition, with all logits in memory; differentiable."""
+    if hidden.dtype != weight.dtype:  # use the values of the rounded weight, but do not round its gradient
         hidden, weight = hidden.to(weight.dtype), weight + (weight.to(hidden.dtype) - weight).detach()
     logits = (hidden @ weight.T).to(stats_dtype(hidden)) / temperature  # (N, V)
     if banned:
@@ -54,7 +58,7 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
                       BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr,
                       PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Largest logit, rest, moment and target's logit of every row in every split: partials (splits, 4, N)."""
-    # All token tiles of a group first, then the next split, so that programs at work together read the same slabs.
+    # All token tiles of a group come before the next split, so programs that run together read the same slabs.
     pid = tl.program_id(0)
     first = pid // (GROUP * splits) * GROUP
     members = tl.minimum(tl.cdiv(N, BLOCK_N) - first, GROUP)
@@ -62,7 +66,7 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
     split = pid % (GROUP * splits) // members
 
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    inside = tl.minimum(rows, N - 1)  # rows past the end repeat the last one, and are not stored
+    inside = tl.minimum(rows, N - 1)  # rows past the end repeat the last one and are not stored
     y = tl.load(target_ptr + inside).to(tl.int32)  # (BLOCK_N,)
     hs = tl.arange(0, BLOCK_H)
     top = tl.full((BLOCK_N,), LOWEST, tl.float32)
@@ -81,11 +85,11 @@ def _logprob_partials(x, w, target_ptr, allowed_ptr, partials_ptr, N, V, H, mask
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             z = tl.dot(a, b.T, z, input_precision=PRECISION)
-        if tl.max((y // BLOCK_V == tile).to(tl.int32), 0):  # few tiles hold any row's target
+        if tl.max((y // BLOCK_V == tile).to(tl.int32), 0):  # few tiles contain the target of any row
             hit = cols[None, :] == y[:, None]
             z_y += tl.sum(tl.where(hit, z, 0.0), 1)
             z = tl.where(hit, float("-inf"), z)
-        if (tile + 1) * BLOCK_V > mask_from:  # all but the last tiles skip the table, and the registers it takes
+        if (tile + 1) * BLOCK_V > mask_from:  # only the last tiles need the table and its registers
             allowed = tl.load(allowed_ptr + cols, mask=cols < V, other=0)
             z = tl.where(allowed[None, :] != 0, z, float("-inf"))
         new = tl.maximum(top, tl.max(z, 1))
@@ -112,7 +116,7 @@ def _merge_partials(partials_ptr, logp_ptr, entropy_ptr, N, splits, scale, BLOCK
         part_top = tl.load(part, mask=rows < N, other=0.0)
         part_rest = tl.load(part + N, mask=rows < N, other=0.0)
         part_moment = tl.load(part + 2 * N, mask=rows < N, other=0.0)
-        z_y += tl.load(part + 3 * N, mask=rows < N, other=0.0)  # 0 in all splits but the target's
+        z_y += tl.load(part + 3 * N, mask=rows < N, other=0.0)  # 0 in all splits except the target's
         new = tl.maximum(top, part_top)
         rest, moment = lift(top, new, rest, moment, scale)
         part_rest, part_moment = lift(part_top, new, part_rest, part_moment, scale)
@@ -122,33 +126,36 @@ def _merge_partials(partials_ptr, logp_ptr, entropy_ptr, N, splits, scale, BLOCK
     tl.store(entropy_ptr + rows, entropy, mask=rows < N)
 
 
-def count_splits(token_tiles, vocab_tiles, sms):
-    """Into how many parts to split the vocabulary: the number whose waves of programs end soonest.
+def count_splits(token_tiles: int, vocab_tiles: int, sms: int) -> int:
+    """Number of splits of the vocabulary, chosen so that the last wave of programs ends soonest.
 
-    At least as many as fill the chip beside a group's token tiles, at most four waves' worth.
+    The least number that fills all SMs with one group of token tiles, or up to four times as many.
     """
     least = max(1, sms // min(token_tiles, GROUP))
     choices = range(min(least, vocab_tiles), min(4 * least, vocab_tiles) + 1)
     return min(choices, key=lambda s: (triton.cdiv(token_tiles * s, sms) * triton.cdiv(vocab_tiles, s), s))
 
 
-def _logprob_triton(hidden, weight, target, temperature, banned):
+def _logprob_triton(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, banned: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     (N, H), V, device = hidden.shape, len(weight), hidden.device
     logp, entropy = torch.empty(2, N, dtype=torch.float32, device=device)  # (N,) each
     if not N:
         return logp, entropy
     arch = _triton.arch(device)
-    config = dict(FP32_CONFIG if arch and hidden.dtype == torch.float32 else CONFIGS[arch])
-    # Bulk copies want rows of whole 16 bytes, and with less the large tiles of pointers spill. No model has such rows.
+    config = FP32_CONFIG if arch and hidden.dtype == torch.float32 else CONFIGS[arch]
+    # Bulk copies need rows aligned to 16 bytes, and without alignment large tiles spill. No model has such rows.
     if any(t.data_ptr() % 16 for t in (hidden, weight)) or H * hidden.element_size() % 16:
         config = config | dict(TMA=False) if not arch or hidden.dtype == torch.float32 else RAGGED_CONFIG
-    x, w = hidden, weight
+    x: Any = hidden
+    w: Any = weight
     if config["TMA"]:
         x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_N"], config["BLOCK_H"]])
         w = TensorDescriptor.from_tensor(weight, [config["BLOCK_V"], config["BLOCK_H"]])
     allowed = torch.ones(V, dtype=torch.int8, device=device)  # (V,)
-    if banned:
-        allowed.index_fill_(0, banned_ids(tuple(banned), device), 0)
+    if (ids := banned_ids(tuple(banned), device)) is not None:
+        allowed.index_fill_(0, ids, 0)
     token_tiles = triton.cdiv(N, config["BLOCK_N"])
     splits = count_splits(token_tiles, triton.cdiv(V, config["BLOCK_V"]), _triton.num_sms(device))
     partials = torch.empty(splits, 4, N, dtype=torch.float32, device=device)  # (splits, 4, N)
@@ -163,17 +170,20 @@ def _logprob_triton(hidden, weight, target, temperature, banned):
     return logp, entropy
 
 
-def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_tokens=0, impl="auto"):
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, banned: Sequence[int] = (),
+    chunk_tokens: int = 0, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of `target` and entropy of its distribution; no gradient.
 
     Args:
         hidden: (N, H) last hidden states; for "triton" fp32, bf16 or fp16, contiguous.
-        weight: (V, H) head, same dtype, or fp32 beside 16-bit hidden, whose dtype it is rounded to; not a DTensor.
+        weight: (V, H) head, same dtype, or fp32 with 16-bit hidden states (it is rounded to theirs); not a DTensor.
         target: (N,) int64 in [0, V), none of them banned.
-        temperature: the sampler's, > 0.
-        banned: token ids that the sampler may not draw; they leave the distribution.
-        chunk_tokens: C of "chunked"; 0 chooses by device and V.
-        impl: "auto" ("triton" for CUDA tensors but fp64, else "chunked"), "triton", "chunked" or "reference".
+        temperature: of the sampler, > 0.
+        banned: token ids that the sampler may not draw, excluded from the distribution.
+        chunk_tokens: C of "chunked"; 0: chosen by device and V.
+        impl: "auto" ("triton" for CUDA tensors except fp64, else "chunked"), "triton", "chunked" or "reference".
 
     Returns:
         logp, entropy: (N,) fp32 (fp64 for fp64 inputs), nats.
@@ -183,7 +193,7 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
     """
     check_head(hidden, weight, target, temperature, banned)
     impl = choose_impl(impl, hidden, weight, target)
-    # Autocast, where the caller is inside it, would round the logits to 16 bits.
+    # The caller's autocast would round the logits to 16 bits.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
             return linear_logprob_ref(hidden, weight, target, temperature, banned)
@@ -196,5 +206,5 @@ def linear_logprob(hidden, weight, target, *, temperature=1.0, banned=(), chunk_
         for rows in chunks(hidden, weight, chunk_tokens, dtype):
             z = product(hidden[rows], weight.T, dtype)  # (C, V)
             logp[rows], entropy[rows] = softmax_stats(z, target[rows], temperature, ids)[:2]
-            del z  # before the next chunk's is made
+            del z  # free it before the next chunk's logits are computed
     return logp, entropy

@@ -132,7 +132,7 @@ def test_spans_split_into_many_batches_give_the_same(monkeypatch, elements):
     monkeypatch.setattr(_sdpa, "MASK_ELEMENTS", elements)
     spans = Spans(table, tokens)
     assert error(run(lambda q, k, v: attention(q, k, v, spans), tensors), gold) <= 1e-12
-    sizes = [batch.shape for batch in spans.plan(_sdpa.padded_batches)]
+    sizes = [batch.shape for batch in spans.cached(_sdpa.padded_batches)]
     assert sum(count for count, _, _ in sizes) == 8  # of 9 spans one is empty
     assert all(count == 1 or count * queries * keys <= elements for count, queries, keys in sizes)
     assert len(sizes) == 8 if elements == 1 else 1 < len(sizes) < 8
@@ -140,7 +140,7 @@ def test_spans_split_into_many_batches_give_the_same(monkeypatch, elements):
 
 def test_like_spans_share_a_batch_and_unlike_ones_do_not_pad_each_other():
     spans = Spans(chain([8] * 20 + [400], 1), 8 * 20 + 400)
-    assert [batch.shape for batch in spans.plan(_sdpa.padded_batches)] == [(20, 8, 8), (1, 400, 400)]
+    assert [batch.shape for batch in spans.cached(_sdpa.padded_batches)] == [(20, 8, 8), (1, 400, 400)]
 
 
 def test_the_order_of_spans_changes_nothing():
@@ -283,7 +283,7 @@ def test_triton_sums_of_split_key_tiles_equal_unsplit_ones(monkeypatch, device):
         monkeypatch.setattr(_tiles, "MIN_WORK", min_work)
         spans = Spans(table, tokens)
         results.append(run(triton(spans), [t.to(device) for t in tensors]))
-        (plan,) = [plan for plan in spans._plans.values() if isinstance(plan, _tiles.KeyTiles)]
+        (plan,) = [plan for plan in spans._cache.values() if isinstance(plan, _tiles.KeyTiles)]
         assert (plan.slots == 0) == (min_work > 1)
     whole, split, again = results
     assert all(error([x], [g]) <= 1e-6 for ours in (whole, split) for x, g in zip(ours, gold, strict=True))

@@ -65,7 +65,7 @@ def test_a_dry_call_runs_every_part_and_answers_every_question(tmp_path, monkeyp
     assert verdicts["vision MLP, width"]["result"].startswith("winner 1")
     assert verdicts["update, shared prompt against repeated"]["result"] in ("met", "missed")
     assert verdicts["pytest -m gpu"]["result"] == "met" and "3 passed" in verdicts["pytest -m gpu"]["numbers"]
-    assert "planned" in verdicts["desk run, planned against measured peak"]["numbers"]
+    assert "peak of resident memory" in verdicts["desk run, planned against measured peak"]["numbers"]
     for question in questions("cpu"):  # whatever is not measured says why, and it is never that a name is unknown
         told = verdicts[question.text]
         assert "no such row" not in told["numbers"]
