@@ -1,12 +1,15 @@
-"""Files that are whole after a crash: atomic replacement and fsync."""
+"""Atomic file replacement and fsync.
+
+Next: terminal.py, safe output.
+"""
 
 import contextlib
 import os
 from pathlib import Path
 
 
-def write_atomically(path, data):
-    """Replace a file by `data` (bytes): after a kill the old content or the new one is there, never a part."""
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace a file: after a crash it holds the old content or all of the new."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -20,8 +23,8 @@ def write_atomically(path, data):
         raise
 
 
-def sync(path):
-    """Wait until a file, or what a folder lists, is on the disk."""
+def sync(path: str | Path) -> None:
+    """fsync a file, or a folder so that its entries survive a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small import SmallProcessor, small_trainer
 
+from nanolmmr1.data.group import Group, Response
 from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
 from nanolmmr1.report.record import mismatch
-from nanolmmr1.rollout import Group, Response
 from nanolmmr1.rollout.batch import Batch
 from nanolmmr1.schema import Objective
 
@@ -96,8 +96,8 @@ def test_a_step_compares_with_the_policy_before_its_first_update(tmp_path, updat
                             pack={"tokens_per_micro_batch": 60})
     trainer.processor, generate = Pictures(), trainer.sampler.generate
 
-    def worse_with_pictures(*args):
-        groups = generate(*args)
+    def worse_with_pictures(*args, **callbacks):
+        groups = generate(*args, **callbacks)
         for group in groups:
             for response in group.responses:
                 response.logp = response.logp - (0.25 if len(group.prompt.grid) else 0.125)

@@ -92,6 +92,29 @@ def test_nothing_from_data_or_model_becomes_markup(page):
     assert "a <b>run</b>" in reader.texts["h1"]
 
 
+def test_a_script_tag_in_any_text_field_is_escaped(tmp_path):
+    fields = ("name", "model", "phase", "recipe", "moment", "task", "stage", "problem", "answer", "caption", "response",
+              "part", "image")
+    evil = {field: f"\"'><script>{field}</script>" for field in fields}
+    folder = tmp_path / "<script>note<"
+    step = {"phase": evil["phase"], "step": 1}
+    MetricsLog(folder).write(step | {"reward/overall": 0.5, f"timing_s/{evil['stage']}": 1.0, "timing_s/step": 2.0})
+    responses = [{"text": evil["response"], "reward": 1.0, "advantage": 0.0, "parts": {evil["part"]: 1.0}}]
+    sample = {field: evil[field] for field in ("problem", "answer", "caption")}
+    sample |= step | {"images": [evil["image"]], "responses": responses}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"accuracy": {evil["moment"]: {evil["task"]: 0.5}}}))
+    recipe = {"name": evil["name"], "model": evil["model"], "phases": {evil["phase"]: {"steps": 1}}}
+    (folder / "recipe.yaml").write_text(f"# {evil['recipe']}\n{yaml.safe_dump(recipe)}")
+    page = write_report(folder).read_text()
+    assert page.count("<script") == Reader(page).count("script") == 1
+    assert not [field for field in fields if f"&lt;script&gt;{field}&lt;/script&gt;" not in page]
+    (folder / "summary.json").unlink()
+    (folder / "summary.json").mkdir()  # its error names the folder
+    page = write_report(folder).read_text()
+    assert page.count("<script") == 1 and re.search('class="note">Left out: summary.json.*&lt;script&gt;note&lt;', page)
+
+
 def test_the_only_script_that_may_run_is_the_reports_own(page):
     policy = next(attributes["content"] for tag, attributes in Reader(page).tags
                   if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy")
@@ -124,10 +147,23 @@ def test_a_long_run_is_drawn_faint_with_its_mean_over_it_but_not_what_has_no_noi
     assert (reader.count("path", "curve"), reader.count("path", "raw")) == (2, 1)
 
 
+@pytest.mark.parametrize(("own", "drawn"), [
+    ({"actor/kl_loss": 0.0}, False),
+    ({"actor/kl_loss": 0.01}, True),
+    ({"actor/kl_loss": 0.0, "timing_s/ref": 1.0}, True),  # a reference from which the policy has not moved
+])
+def test_without_a_kl_reference_there_is_no_kl_chart(tmp_path, own, drawn):
+    log = MetricsLog(tmp_path)
+    log.write({"phase": "text", "step": 1, "reward/overall": 0.5, "actor/kl_loss": 0.0})
+    log.write({"phase": "images", "step": 2, "reward/overall": 0.5} | own)
+    page = write_report(tmp_path).read_text()
+    assert Reader(page).count("figure", "chart") == 1 + drawn and ("KL to the reference" in page) == drawn
+
+
 def test_the_accuracy_table_has_each_moment_and_the_change_in_points(page):
     table = re.search(r'<table class="accuracy">.*?</table>', page, re.S)[0]
     rows = [[html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)]
-            for row in re.findall(r"<tr.*?</tr>", table)]
+            for row in re.findall(r"<tr.*?</tr>", table, re.S)]
     assert rows == [["% right", "words", "digits"], ["start", "31.0", "20.0"], ["after text", "50.0", "–"],
                     ["after with captions", "60.0", "–"], ["after images", "55.0", "12.5"],
                     ["change, points", "+24.0", "−7.5"]]
@@ -153,6 +189,13 @@ def test_samples_are_those_of_the_first_and_the_last_kept_step_of_a_phase(page):
     assert shown == [1, 6, 7, 10]
     assert re.findall(r'<li class="(\w+)" style="--strength:([\d.]+)"', page)[:2] == [("down", "1.00"), ("up", "1.00")]
     assert "−0.50" in page and "+0.50" in page and "reward 1.5" in page
+
+
+def test_a_group_without_caption_images_or_responses_is_shown(tmp_path):
+    group = {"phase": "text", "step": 1, "problem": "1+1?", "answer": "2", "images": [], "responses": []}
+    SampleLog(tmp_path).write(group)
+    reader = Reader(write_report(tmp_path).read_text())
+    assert "1+1?" in reader.texts["p"] and reader.count("img") == reader.count("p", "caption") == 0
 
 
 def test_the_facts_of_the_run_are_at_its_head(page):

@@ -1,5 +1,5 @@
-"""What a run shows and keeps: the metrics record, the logs, the live display, and the HTML report.
+"""Metrics, logs and display of a run, and its HTML report.
 
-The room imports update/ for the definitions of ratio and KL; nothing in a step depends on it.
-Begin with record.py, one step as one record; logs.py keeps it, display.py shows it, page.py plots it.
+The room imports data/, rollout/ and update/ for the types and definitions that a record needs.
+Begin with record.py, the metrics record of a step; logs.py stores it, display.py shows it, page.py plots it.
 """

@@ -1,17 +1,26 @@
-"""The live display of a run."""
+"""Live display of a run: progress bars on a terminal, plain lines elsewhere (a CI log, a file), about ten per phase.
+
+Next: page.py, report.html.
+"""
 
 import contextlib
 import datetime
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
+from rich import progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from nanolmmr1.terminal import printable
+
+Accuracy = Mapping[str, Mapping[str, float]]  # moment -> {task: fraction right}: the start, then each phase
+Percents = list[float | None]  # by task
 
 FIGURES = {  # shown beside each bar: name -> (metrics key, number format)
     "reward": ("reward/overall", "{:.3f}"),
@@ -24,59 +33,67 @@ FIGURES = {  # shown beside each bar: name -> (metrics key, number format)
 
 
 class Display:
-    """Where the run is, and how it does: one bar a phase on a terminal, else plain lines. `quiet` shows nothing."""
+    """Progress and figures of a run: one bar per phase on a terminal, plain lines elsewhere, nothing if `quiet`.
 
-    def __init__(self, phases, quiet=False):
-        """phases: name -> number of steps, in order."""
+    Args:
+        phases: name -> number of steps, in order.
+    """
+
+    def __init__(self, phases: dict[str, int], quiet: bool = False) -> None:
         self.phases, self.quiet = phases, quiet
-        self.phase, self.done, self.first, self.began = None, 0, 0, 0.0
-        self.bars, self.bar_of = None, {}
+        self.phase = ""  # the current phase
+        self.done = 0  # its steps so far
+        self.first = 0  # its steps before the run was resumed
+        self.began = 0.0  # when this process began it, by time.monotonic
+        self.bars: progress.Progress | None = None
+        self.bar_of: dict[str, progress.TaskID] = {}  # phase -> its bar
         if not quiet and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            self.bars = _Bars(*_bar_columns(), console=Console(markup=False, highlight=False))
+            self.bars = progress.Progress(
+                "{task.description}", progress.BarColumn(10), progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[figures]}", markup=False, table_column=Column()),  # wraps if too wide
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+                console=Console(markup=False, emoji=False, highlight=False),
+                speed_estimate_period=math.inf,  # the mean pace: a step may take minutes
+            )
             for name, steps in phases.items():
-                self.bar_of[name] = self.bars.add_task(name, total=steps, start=False, **_figures({}), left="")
+                self.bar_of[name] = self.bars.add_task(name, total=steps, start=False, figures="")
 
-    def start(self):
-        """Show the bars."""
+    def __enter__(self) -> Self:
         if self.bars:
             self.bars.start()
+        return self
 
-    def stop(self):
-        """Leave the bars as they are and give the terminal back."""
+    def __exit__(self, *_: object) -> None:
         if self.bars:
             self.bars.stop()
 
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def start_phase(self, name, done=0):
-        """The next `step` belongs to this phase; `done` of its steps were taken before the run was resumed."""
+    def start_phase(self, name: str, done: int = 0) -> None:
+        """The next `step` belongs to this phase; a resumed run has already taken `done` of its steps."""
         self.phase, self.done, self.first, self.began = name, done, done, time.monotonic()
         if self.bars:
-            for earlier in list(self.phases)[:list(self.phases).index(name)]:
+            for earlier in list(self.phases)[: list(self.phases).index(name)]:
                 self.bars.update(self.bar_of[earlier], completed=self.phases[earlier])
             self.bars.update(self.bar_of[name], completed=done)
             self.bars.start_task(self.bar_of[name])
 
-    def step(self, record):
-        """One step is done; `record` is what went into metrics.jsonl."""
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show a finished step; `record` is its record in metrics.jsonl."""
         self.done += 1
         steps = self.phases[self.phase]
-        left = _left(self.began, self.done - self.first, steps - self.done)
+        figures = [(name, "-" if record.get(key) is None else form.format(record[key]))
+                   for name, (key, form) in FIGURES.items()]
         if self.bars:
-            self.bars.update(self.bar_of[self.phase], completed=self.done, left=left, **_figures(record))
+            shown = " ".join(f"{name}={value}" for name, value in figures)
+            self.bars.update(self.bar_of[self.phase], completed=self.done, figures=shown)
         elif self.done in (self.first + 1, steps) or self.done % max(1, steps // 10) == 0:
-            figures = "  ".join(f"{key} {value}" for key, value in _figures(record).items())
-            name, done = self.phase.ljust(max(map(len, self.phases))), str(self.done).rjust(len(str(steps)))
-            elapsed = _clock(time.monotonic() - self.began)
-            self.note(f"{name}  {done}/{steps}  {figures}  elapsed {elapsed}  left {left}")
+            phase, done = self.phase.ljust(max(map(len, self.phases))), str(self.done).rjust(len(str(steps)))
+            elapsed = time.monotonic() - self.began
+            left = elapsed / (self.done - self.first) * (steps - self.done)
+            shown = "  ".join(f"{name} {value}" for name, value in figures)
+            self.note(f"{phase}  {done}/{steps}  {shown}  elapsed {_clock(elapsed)}  left {_clock(left)}")
 
-    def note(self, text):
-        """A line that stays, above the bars."""
+    def note(self, text: str) -> None:
+        """Print a line, above the bars if there are any."""
         text = printable(text)
         if self.bars:
             self.bars.console.print(text, soft_wrap=True)
@@ -84,94 +101,54 @@ class Display:
             print(text, flush=True)
 
     @contextlib.contextmanager
-    def busy(self, text, total):
-        """Other long work, as evaluation: yields `advance(n=1)`. When it ends, its bar goes and a line stays."""
+    def busy(self, text: str, total: int) -> Iterator[Callable[..., None]]:
+        """Show other long work, such as an evaluation. Yields `advance(n=1)`; at the end the bar becomes a line."""
         began, done = time.monotonic(), 0
-        task = self.bars.add_task(text, total=total, **dict.fromkeys(FIGURES, ""), left="") if self.bars else None
+        bar = self.bars.add_task(text, total=total, figures="") if self.bars else None
 
-        def advance(n=1):
+        def advance(n: int = 1) -> None:
             nonlocal done
             done += n
-            if self.bars:
-                self.bars.update(task, completed=done, left=_left(began, done, total - done))
+            if self.bars and bar is not None:
+                self.bars.update(bar, completed=done)
 
         if not self.bars:
             self.note(f"{text}: 0/{total}")
         try:
             yield advance
         finally:
-            if self.bars:
-                self.bars.remove_task(task)
+            if self.bars and bar is not None:
+                self.bars.remove_task(bar)
             self.note(f"{text}: {done}/{total} in {_clock(time.monotonic() - began)}")
 
 
-def accuracy_rows(accuracy):
-    """Held-out accuracy as rows to print.
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
-    Args:
-        accuracy: moment -> {task: fraction right}, first the start, then each phase.
+
+def accuracy_rows(accuracy: Accuracy) -> tuple[list[str], list[tuple[str, Percents]], Percents | None]:
+    """Held-out accuracy as a table.
 
     Returns:
-        (tasks, rows, change): rows of (moment, [percent or None per task]); change is [points or None per task], last
-        moment minus first, or None where there is only one moment.
+        (tasks, rows, change): a row is (moment, percent per task); change is the last moment minus the first, in points
+        per task, or None if there is only one moment. A task that a moment lacks is None.
     """
-    tasks = list(dict.fromkeys(task for moment in accuracy.values() for task in moment))
-    rows = [(moment, [None if task not in right else 100 * right[task] for task in tasks])
-            for moment, right in accuracy.items()]
+    tasks = list(dict.fromkeys(task for fractions in accuracy.values() for task in fractions))
+    rows = [(moment, [None if task not in fractions else 100 * fractions[task] for task in tasks])
+            for moment, fractions in accuracy.items()]
     if len(rows) < 2:
         return tasks, rows, None
     pairs = zip(rows[0][1], rows[-1][1], strict=True)
-    return tasks, rows, [None if None in (start, end) else end - start for start, end in pairs]
+    return tasks, rows, [None if start is None or end is None else end - start for start, end in pairs]
 
 
-def accuracy_table(accuracy):
-    """Held-out accuracy as a rich Table: a row per moment, a column per task, last the change in points."""
+def print_accuracy(accuracy: Accuracy) -> None:
+    """Print held-out accuracy: a row per moment, a column per task, and the change in points."""
     tasks, rows, change = accuracy_rows(accuracy)
     table = Table("accuracy, %", *(Column(task, justify="right") for task in tasks), box=SIMPLE_HEAD, show_edge=False)
     for number, (moment, percents) in enumerate(rows, 1):
         table.add_row(moment, *("-" if p is None else f"{p:.1f}" for p in percents), end_section=number == len(rows))
     if change:
         table.add_row("change, points", *("-" if p is None else f"{p:+.1f}" for p in change), style="bold")
-    return table
-
-
-def print_accuracy(accuracy):
-    """Print the accuracy table: with colour on a terminal, else as plain text, which a narrow pipe does not fold."""
-    terminal = sys.stdout.isatty()
-    Console(force_terminal=terminal, width=None if terminal else 200, markup=False).print(accuracy_table(accuracy))
-
-
-class _Bars(Progress):
-    """rich's bars under a heading, so that each figure is named once."""
-
-    def make_tasks_table(self, tasks):
-        table = super().make_tasks_table(tasks)
-        table.show_header, table.header_style = True, "dim"
-        return table
-
-
-def _bar_columns():
-    def column(heading, justify="right"):
-        return Column(heading, justify=justify, no_wrap=True)
-
-    def text(field, heading, justify="right"):
-        return TextColumn(f"{{task.{field}}}", justify=justify, markup=False, table_column=column(heading, justify))
-
-    return [
-        text("description", "phase", "left"), BarColumn(bar_width=None),
-        MofNCompleteColumn(table_column=column("step")), *(text(f"fields[{name}]", name) for name in FIGURES),
-        TimeElapsedColumn(table_column=column("elapsed")), text("fields[left]", "left"),
-    ]
-
-
-def _figures(record):
-    return {name: "-" if record.get(key) is None else form.format(record[key]) for name, (key, form) in FIGURES.items()}
-
-
-def _clock(seconds):
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def _left(began, done, remaining):
-    """Time left at the mean pace since `began`; empty before there is a pace."""
-    return _clock((time.monotonic() - began) / done * remaining) if done else ""
+    terminal = sys.stdout.isatty()  # elsewhere plain text, of a fixed width: a narrow pipe must not fold it
+    Console(force_terminal=terminal, width=None if terminal else 200, markup=False, emoji=False).print(table)

@@ -1,81 +1,89 @@
-"""One HTML page about a run: accuracy, curves, sample rollouts, recipe.
+"""HTML report of a run: held-out accuracy, curves, stage times, sample rollouts, recipe.
 
-`report.html` is a single file that asks the network for nothing: style, script, curves (SVG) and
-pictures are inside. It is made from whatever the run folder holds (`recipe.yaml`, `metrics.jsonl`,
-`summary.json`, `samples.jsonl`), so a run that was killed early has a report too.
+`report.html` is a single file that needs no network: style, script, curves (SVG) and images are inside. It is built
+from the files in the run folder (`recipe.yaml`, `metrics.jsonl`, `summary.json`, `samples.jsonl`), so a run that was
+killed early has a report too. This file collects the data; page.html is its jinja2 template.
 
-Problems and responses are untrusted text. All of it passes through `text`, and the page's content
-security policy lets no script run but our own, which is named by its hash.
+Problems and responses are untrusted text. The template escapes all of it, and the page's content security policy
+allows only its own script, by its hash.
 
-Next: report_chart.py, how a curve is drawn.
+Next: chart.py, its charts.
 """
 
 import base64
 import hashlib
 import json
-from importlib import resources
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from nanolmmr1.errors import UserError
 from nanolmmr1.files import write_atomically
-from nanolmmr1.report.chart import LEFT, NUM_COLOURS, RIGHT, SCRIPT, WIDTH, chart, number, text
-from nanolmmr1.report.display import accuracy_rows
-from nanolmmr1.report.logs import read_lines
+from nanolmmr1.report.chart import LEFT, NUM_COLOURS, RIGHT, WIDTH, Band, Point, chart, number
+from nanolmmr1.report.display import Accuracy, accuracy_rows
+from nanolmmr1.report.logs import Record, read_log
 
-CHARTS = (  # title, unit, ((metrics key, label), ...)
-    ("Reward", "mean over responses", (("reward/overall", "overall"), ("reward/accuracy", "accuracy"),
-                                       ("reward/format", "format"))),
-    ("Response length", "tokens", (("response_length/mean", "mean"),)),
-    ("Entropy", "nats per token", (("actor/entropy", "policy"),)),
-    ("KL to the reference", "nats per token", (("actor/kl_loss", "KL"),)),
-    ("Gradient norm", "before clipping", (("actor/grad_norm", "norm"),)),
-    ("Learning rate", "", (("actor/lr", "rate"),)),
-    ("Throughput", "tokens per second", (("perf/throughput", "tokens/s"),)),
+CHARTS = (  # title, unit, {metrics key: label}
+    ("Reward", "mean over responses",
+     {"reward/overall": "overall", "reward/accuracy": "accuracy", "reward/format": "format"}),
+    ("Response length", "tokens", {"response_length/mean": "mean"}),
+    ("Entropy", "nats per token", {"actor/entropy": "policy"}),
+    ("KL to the reference", "nats, averaged like the loss", {"actor/kl_loss": "KL"}),
+    ("Gradient norm", "before clipping", {"actor/grad_norm": "norm"}),
+    ("Learning rate", "", {"actor/lr": "rate"}),
+    ("Throughput", "tokens per second", {"perf/throughput": "tokens/s"}),
 )
-EXACT = ("Learning rate", "Held-out accuracy")  # no noise to smooth away
+EXACT = ("Learning rate", "Held-out accuracy")  # charts without noise to smooth
 
 
-def write_report(run_folder):
-    """Write `report.html` into a run folder from what is there, and return its path.
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.filters |= {"number": number, "sha256": _sha256}
+TEMPLATES.globals |= {"LEFT": LEFT, "RIGHT": RIGHT, "WIDTH": WIDTH, "NUM_COLOURS": NUM_COLOURS}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into a run folder and return its path. Unreadable files are left out, and the page says so.
 
     Raises:
-        UserError: no such folder. What of it cannot be read is left out, and the page says so.
+        UserError: the folder does not exist.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
         raise UserError(f"no run folder {str(folder)!r}: give the `output` of a recipe that has run")
+    faults: list[str] = []  # files that cannot be read, for the reader of the page
     recipe_text, recipe = _read_recipe(folder / "recipe.yaml")
-    wrong = []  # what of the folder cannot be read
-    summary = _read_summary(folder / "summary.json", wrong)
-    metrics, samples = (_read_log(folder / name, wrong) for name in ("metrics.jsonl", "samples.jsonl"))
-    name, bands = recipe.get("name") or folder.resolve().name, phase_bands(metrics)
-    accuracy = summary.get("accuracy") or {}
-    sections = [
-        _header(name, recipe, summary, metrics),
-        "".join(f'<p class="note">Left out: {text(each)}.</p>' for each in wrong),
-        _section("Held-out accuracy", _accuracy(accuracy)),
-        _section("Curves", _curves(metrics, accuracy, bands)),
-        _section("Time per step", _stage_times(metrics, bands)),
-        _section("Sample rollouts", _samples(samples)),
-        _section("Recipe", recipe_text and f"<details><summary>Every value of this run</summary>"
-                                           f"<pre>{text(recipe_text)}</pre></details>"),
-    ]
+    summary = _read_summary(folder / "summary.json", faults)
+    metrics, samples = (_read_log(folder / name, faults) for name in ("metrics.jsonl", "samples.jsonl"))
+    bands, accuracy = phase_bands(metrics), summary.get("accuracy") or {}
+    reach = len(metrics) // 40  # steps on either side of a running mean
+    stages, times = _stage_times(metrics, bands)
+    html = TEMPLATES.get_template("page.html").render(
+        name=recipe.get("name") or folder.resolve().name, facts=_facts(recipe, summary, metrics), faults=faults,
+        accuracy=accuracy_rows(accuracy), bands=bands, reach=reach, charts=_charts(metrics, accuracy, bands, reach),
+        stages=stages, times=times, samples=_selected(samples), recipe=recipe_text)
     path = folder / "report.html"
-    write_atomically(path, _page(name, bands, "\n".join(filter(None, sections))).encode("utf-8", "replace"))
+    write_atomically(path, html.encode("utf-8", "replace"))
     return path
 
 
-def try_report(run_folder, note):
-    """Write the report; a failure, of whatever kind, is told and ends no run."""
+def try_report(run_folder: str | Path, note: Callable[[str], object]) -> None:
+    """Write the report. A failure of any type becomes a note and does not end the run."""
     try:
         write_report(run_folder)
-    except Exception as error:  # it is made from files that anybody may have changed, and nothing depends on it
+    except Exception as error:  # the files may have been edited, and nothing depends on the report
         note(f"report.html could not be written ({type(error).__name__}: {error}); nothing else depends on it")
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds for people: "42 s", "12 min 3 s", "5 h 7 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -83,163 +91,76 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def phase_bands(metrics):
-    """[(phase, where it begins, where it ends)] in global steps; a phase begins where the one before it ends."""
-    steps = {}
+def phase_bands(metrics: list[Record]) -> list[Band]:
+    """The phases in global steps; a phase begins where the previous one ends."""
+    steps: dict[str, list[int]] = {}
     for record in metrics:
         steps.setdefault(record["phase"], []).append(record["step"])
-    return [(phase, min(own) - 1, max(own)) for phase, own in steps.items()]
+    return [(phase, min(each) - 1, max(each)) for phase, each in steps.items()]
 
 
-def _page(name, bands, body):
-    style = resources.files("nanolmmr1.report").joinpath("style.css").read_text(encoding="utf-8")
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    low, high = (bands[0][1], bands[-1][2]) if bands else (0, 1)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-{script_hash}'">
-<title>{text(name)} · nanoLMM-R1</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main data-lo="{low}" data-hi="{high}" data-left="{LEFT}" data-right="{RIGHT}" data-width="{WIDTH}">
-{body}
-</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _section(title, content):
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _header(name, recipe, summary, metrics):
+def _facts(recipe: Mapping[str, Any], summary: Mapping[str, Any], metrics: list[Record]) -> dict[str, Any]:
+    """Name -> value, for the head of the page; false if unknown."""
     phases = recipe.get("phases") or {}
     planned = sum(phase.get("steps", 0) for phase in phases.values())
     done = max((record["step"] for record in metrics), default=0)
-    facts = {
+    return {
         "model": recipe.get("model"),
         "steps": f"{done:,} of {planned:,}" if done < planned else f"{done:,}",
         "phases": " → ".join(phases),
         "wall time": "wall_s" in summary and duration(summary["wall_s"]),
         "peak memory": "peak_rss_mb" in summary and f"{number(summary['peak_rss_mb'])} MB",
     }
-    shown = "".join(f"<div><dt>{key}</dt><dd>{text(value)}</dd></div>" for key, value in facts.items() if value)
-    return f'<header><p class="eyebrow">nanoLMM-R1 run</p><h1>{text(name)}</h1><dl>{shown}</dl></header>'
 
 
-def _accuracy(accuracy):
-    tasks, rows, change = accuracy_rows(accuracy)
-    if not tasks:
-        return ""
-    head = "".join(f"<th>{text(task)}</th>" for task in tasks)
-    body = "".join(f"<tr><th>{text('after ' + moment if i else moment)}</th>{''.join(map(_percent, percents))}</tr>"
-                   for i, (moment, percents) in enumerate(rows))
-    if change:
-        signed = ("–" if points is None else f"{points:+.1f}".replace("-", "−") for points in change)
-        cells = "".join(f"<td>{points}</td>" for points in signed)
-        body += f'<tr class="change"><th>change, points</th>{cells}</tr>'
-    return (f'<div class="scroll"><table class="accuracy"><thead><tr><th>% right</th>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+def _charts(metrics: list[Record], accuracy: Accuracy, bands: list[Band], reach: int) -> list[Markup]:
+    """The figures that have points. Without a KL reference in any phase there is no KL chart."""
+    has_kl = any(record.get("actor/kl_loss") or "timing_s/ref" in record for record in metrics)
+    figures: list[tuple[str, str, dict[str, list[Point]]]] = []
+    for title, unit, labels in CHARTS:
+        if has_kl or "actor/kl_loss" not in labels:
+            curves = {label: [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+                      for key, label in labels.items()}
+            figures.append((title, unit, {label: points for label, points in curves.items() if points}))
+    figures.insert(1, ("Held-out accuracy", "% right", _held_out(accuracy, bands)))
+    return [chart(title, unit, each, bands, 0 if title in EXACT else reach) for title, unit, each in figures if each]
 
 
-def _percent(percent):
-    if percent is None:
-        return "<td>–</td>"
-    return f'<td>{percent:.1f}<span class="bar"><span style="width:{percent:.1f}%"></span></span></td>'
-
-
-def _curves(metrics, accuracy, bands):
-    if not bands:
-        return ""
-    figures = []
-    for title, unit, keys in CHARTS:
-        curves = {label: [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
-                  for key, label in keys}
-        figures.append((title, unit, curves))
+def _held_out(accuracy: Accuracy, bands: list[Band]) -> dict[str, list[Point]]:
+    """Task -> percent right at the start and where each phase ends."""
     ends = {phase: end for phase, _, end in bands}
-    held_out = {task: [] for task in accuracy_rows(accuracy)[0]}
-    for i, (moment, right) in enumerate(accuracy.items()):
-        for task, fraction in right.items():
-            if not i or moment in ends:
-                held_out[task].append((ends[moment] if i else bands[0][1], 100 * fraction))
-    figures.insert(1, ("Held-out accuracy", "% right", held_out))
-    kept = [(title, unit, {label: points for label, points in curves.items() if points})
-            for title, unit, curves in figures]
-    reach = len(metrics) // 40
-    note = "Over training steps. Beside the names: the last values, or those of the step that you point at."
-    if reach:
-        note += f" Faint: each step; bold: the mean of the {2 * reach + 1} steps around it."
-    drawn = "".join(chart(title, unit, curves, bands, reach if title not in EXACT else 0)
-                    for title, unit, curves in kept if curves)
-    return f'<p class="note">{note}</p><div class="charts">{drawn}</div>'
+    points: dict[str, list[Point]] = {}
+    for i, (moment, fractions) in enumerate(accuracy.items()):
+        if bands and (not i or moment in ends):
+            for task, fraction in fractions.items():
+                points.setdefault(task, []).append((ends[moment] if i else bands[0][1], 100 * fraction))
+    return points
 
 
-def _stage_times(metrics, bands):
-    """Mean seconds of each stage by phase: a bar of shares, and the numbers."""
-    whole = "timing_s/step"
-    stages = list(dict.fromkeys(key for record in metrics for key in record if key.startswith("timing_s/")))
-    stages = [stage for stage in stages if stage != whole]
-    if not stages:
-        return ""
-    head, rows = "", ""
-    for i, stage in enumerate(stages):
-        head += f'<th><span class="c{i % NUM_COLOURS}"><i></i></span>{text(stage.removeprefix("timing_s/"))}</th>'
+def _stage_times(metrics: list[Record], bands: list[Band]) -> tuple[list[str], list[tuple[str, list[float], float]]]:
+    """(stages, rows): a row is (phase, mean seconds of each stage, mean seconds of a step)."""
+    keys = dict.fromkeys(key for record in metrics for key in record if key.startswith("timing_s/"))
+    keys.pop("timing_s/step", None)
+    rows = []
     for phase, _, _ in bands:
-        own = [record for record in metrics if record["phase"] == phase]
-        *means, step = [sum(record.get(stage) or 0 for record in own) / len(own) for stage in [*stages, whole]]
-        total = max(step, sum(means))
-        bar = "".join(f'<span class="c{i % NUM_COLOURS}" style="width:{100 * mean / (total or 1):.2f}%"></span>'
-                      for i, mean in enumerate(means))
-        cells = "".join(f"<td>{number(mean)}</td>" for mean in means)
-        rows += (f'<tr><th>{text(phase)}</th><td class="share"><span class="stages">{bar}</span></td>{cells}'
-                 f"<td><b>{number(total)}</b></td></tr>")
-    return (f'<div class="scroll"><table class="times"><thead><tr><th>seconds</th><th></th>{head}<th>step</th></tr>'
-            f"</thead><tbody>{rows}</tbody></table></div>")
+        records = [record for record in metrics if record["phase"] == phase]
+        *means, step = [sum(record.get(key) or 0 for record in records) / len(records)
+                        for key in [*keys, "timing_s/step"]]
+        rows.append((phase, means, max(step, sum(means))))
+    return [key.removeprefix("timing_s/") for key in keys], rows
 
 
-def _samples(samples):
-    """The groups kept at the first and the last such step of each phase."""
-    shown = ""
-    for phase in dict.fromkeys(sample["phase"] for sample in samples):
-        own = [sample for sample in samples if sample["phase"] == phase]
-        steps = sorted({own[0]["step"], own[-1]["step"]})
-        groups = "".join(_group(sample) for sample in own if sample["step"] in steps)
-        shown += f"<h3>{text(phase)}</h3>{groups}"
-    return shown
+def _selected(samples: list[Record]) -> dict[str, list[Record]]:
+    """Phase -> the groups of the first and of the last step that has some."""
+    phases: dict[str, list[Record]] = {}
+    for sample in samples:
+        phases.setdefault(sample["phase"], []).append(sample)
+    return {phase: [group for group in groups if group["step"] in (groups[0]["step"], groups[-1]["step"])]
+            for phase, groups in phases.items()}
 
 
-def _group(sample):
-    images = "".join(f'<img alt="picture {i}" src="data:image/png;base64,{text(image)}">'
-                     for i, image in enumerate(sample["images"], 1))
-    pictures = images and f'<div class="pictures">{images}</div>'
-    caption = sample.get("caption", "") and f'<p class="caption"><small>caption</small>{text(sample["caption"])}</p>'
-    largest = max((abs(response["advantage"]) for response in sample["responses"]), default=0) or 1
-    responses = "".join(_response(response, largest) for response in sample["responses"])
-    return (f'<article><header><small>step {text(sample["step"])}</small>'
-            f'<span>answer <b>{text(sample["answer"])}</b></span></header>'
-            f'<div class="prompt">{pictures}<div>{caption}<p class="problem">{text(sample["problem"])}</p></div></div>'
-            f"<ol>{responses}</ol></article>")
-
-
-def _response(response, largest):
-    advantage = response["advantage"]
-    kind = "up" if advantage > 0 else "down" if advantage < 0 else "flat"
-    parts = "".join(f"<span>{text(part)} {number(value)}</span>" for part, value in response["parts"].items())
-    signed = f"{advantage:+.2f}".replace("-", "−")
-    return (f'<li class="{kind}" style="--strength:{abs(advantage) / largest:.2f}"><p><b title="advantage">{signed}</b>'
-            f'<span>reward {number(response["reward"])}</span>{parts}</p><pre>{text(response["text"])}</pre></li>')
-
-
-def _read_recipe(path):
-    """(the file's text, its mapping); ("", {}) where there is none. A torn file is shown, not read."""
+def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """(text, mapping); ("", {}) if there is no file. The mapping of a torn file is empty."""
     raw = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     try:
         tree = yaml.safe_load(raw)
@@ -248,24 +169,23 @@ def _read_recipe(path):
     return raw, tree if isinstance(tree, dict) else {}
 
 
-def _read_summary(path, wrong):
+def _read_summary(path: Path, faults: list[str]) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_bytes()) if path.exists() else {}
         if isinstance(summary, dict):
             return summary
-        wrong.append(f"{path.name}, which holds {type(summary).__name__}, not an object")
+        faults.append(f"{path.name}, which holds {type(summary).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
-        wrong.append(f"{path.name}, which is not JSON ({error})")
+        faults.append(f"{path.name}, which is not JSON ({error})")
     return {}
 
 
-def _read_log(path, wrong):
-    unreadable = []
+def _read_log(path: Path, faults: list[str]) -> list[Record]:
     try:
-        records = [record for record in read_lines(path, unreadable) if isinstance(record.get("phase"), str)]
+        written, unreadable = read_log(path)
     except OSError as error:
-        wrong.append(f"{path.name}, which cannot be read ({error})")
+        faults.append(f"{path.name}, which cannot be read ({error})")
         return []
     if unreadable:
-        wrong.append(f"{len(unreadable)} lines of {path.name} that no step has written")
-    return records
+        faults.append(f"{len(unreadable)} lines of {path.name} that no step has written")
+    return [record for _, record in written if isinstance(record.get("phase"), str)]
