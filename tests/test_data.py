@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nanolmmr1.data.rows import PromptSampler, Row, image_size, load_rows, open_image, select_rows
 from nanolmmr1.errors import UserError
@@ -139,7 +139,7 @@ def test_a_source_that_does_not_exist_is_refused_before_asking_the_hub(tmp_path)
 
 
 def test_an_unreachable_hub_id_is_the_users_error():
-    code = ("from nanolmmr1.data import load_rows, UserError\n"
+    code = ("from nanolmmr1.data.rows import load_rows, UserError\n"
             "try: load_rows('nobody/nothing@train')\nexcept UserError as error: print(error)")
     out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True,
                          text=True, check=True, cwd=Path(__file__).resolve().parents[1])
@@ -259,6 +259,15 @@ def test_a_turned_photo_is_set_upright_and_its_size_agrees(kind, orientation):
     bright = {1: (2, 4), 2: (13, 4), 3: (13, 4), 4: (2, 4), 5: (4, 2), 6: (4, 2), 7: (4, 13), 8: (4, 13)}[orientation]
     assert image.getpixel(bright)[0] > 200 and image.getpixel((image.width - 1 - bright[0],
                                                                image.height - 1 - bright[1]))[0] < 50
+
+
+def test_a_turned_photo_is_set_upright_though_another_tag_is_damaged():
+    entries = struct.pack("<HHLL HHLL", 0x010F, 5, 1, 38, 0x0112, 3, 1, 6)  # a maker's name that is a fraction
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + struct.pack("<LLL", 0, 1, 1)
+    raw = picture(16, 8, kind="JPEG", exif=exif)
+    with pytest.raises(AttributeError), Image.open(io.BytesIO(raw)) as image:
+        ImageOps.exif_transpose(image)
+    assert open_image(raw).size == image_size(raw) == (8, 16)
 
 
 def test_the_size_comes_from_the_header_alone():

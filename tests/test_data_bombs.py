@@ -28,7 +28,7 @@ IDLE = 90  # MiB: Python, NumPy, Pillow and pyarrow
 
 LOAD = """
 import sys
-from nanolmmr1.data import UserError, load_rows
+from nanolmmr1.data.rows import UserError, load_rows
 try: print(len(load_rows(sys.argv[1])), "rows")
 except UserError as error: print(error)
 """
@@ -124,8 +124,8 @@ def test_a_bomb_is_refused_by_name_in_little_memory(tmp_path, name):
 
 LONG = """
 import sys
-from nanolmmr1.data import Row, select_rows
-from nanolmmr1.prompt import Processor
+from nanolmmr1.data.rows import Row, select_rows
+from nanolmmr1.data.prompt import Processor
 from nanolmmr1.schema import Prompt
 class Judge:
     def gold_answers_ok(self, rows): return [True] * len(rows)
@@ -162,7 +162,7 @@ def test_the_fewest_tokens_of_a_text_are_never_more_than_it_has():
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("space", ["", " ", "\n\t "])
 def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk, space):
-    monkeypatch.setattr("nanolmmr1.data.rows.CHUNK", chunk)
+    monkeypatch.setattr("nanolmmr1.data.readers.CHUNK", chunk)
     rows = [ROW | dict(id=i, x=[{}, [1.5e-3, True, None], '"]}, {[', "\u00e9\U0001f600\\"]) for i in range(5)]
     text = ("[" + space + (space + "," + space).join(json.dumps(row, ensure_ascii=bool(space)) for row in rows)
             + space + "]" + space)
@@ -174,7 +174,7 @@ def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk, sp
                                   '[%s, {"a": ]', "[%s; %s]", "[[]", "[%s, tru]"])
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_a_list_that_is_none_is_refused(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr("nanolmmr1.data.rows.CHUNK", chunk)
+    monkeypatch.setattr("nanolmmr1.data.readers.CHUNK", chunk)
     (tmp_path / "a.json").write_text(text.replace("%s", json.dumps(ROW)))
     assert "a.json:" in refusal(tmp_path / "a.json")
 
@@ -306,7 +306,7 @@ PICTURES = {
 }
 OPEN = """
 import pathlib, sys
-from nanolmmr1.data import UserError, open_image
+from nanolmmr1.data.rows import UserError, open_image
 raw = pathlib.Path(sys.argv[1])
 for item in (str(raw), raw.read_bytes()):
     try: print(open_image(item).size)
@@ -381,7 +381,7 @@ def test_rows_of_all_sizes_come_whole_and_in_order(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=33)
     whole = load_rows(str(tmp_path / "a.parquet"))
     assert [row.id for row in whole] == [str(i) for i in range(500)] and whole[5].extra == {"level": "b"}
-    monkeypatch.setattr(rows, "PIECE", 3000)
+    monkeypatch.setattr("nanolmmr1.data.readers.PIECE", 3000)
     assert load_rows(str(tmp_path / "a.parquet")) == whole
     assert open_image(whole[0].images[0]).size == (9, 9)
 

@@ -11,10 +11,10 @@ from nanolmmr1 import schema
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import Row
 from nanolmmr1.model import weights
-from nanolmmr1.rollout import SamplingParams, response_uniforms
 from nanolmmr1.rollout.local import LocalSampler, draw
+from nanolmmr1.rollout.sampler import SamplingParams, response_uniforms
 from nanolmmr1.schema import Prompt as PromptConfig
-from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.pack import pack_groups, scored
 from nanolmmr1.update.policy import Policy
 
 
@@ -43,7 +43,7 @@ def policy(tiny, processor):
     model = weights.load(tiny)
     with torch.no_grad():
         model.model.norm.weight.mul_(12)
-    return Policy(model, schema.Recipe(), processor.banned_ids)
+    return Policy(model, schema.Pack(), schema.Optim(), processor.banned_ids)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_greedy_takes_the_likeliest_token_of_the_whole_forward_pass(policy, prom
     groups = LocalSampler(policy).generate(prompts, params(policy, 1, temperature=0.0), seeds(prompts))
     (pack,), _ = pack_groups(groups, 1 << 20)
     with torch.no_grad():
-        logits = policy.run(pack, policy.model, lambda hidden, head: hidden @ head.T)  # (N, V)
+        logits = policy.forward(pack, policy.model, lambda hidden, head: scored(hidden, pack) @ head.T)  # (N, V)
     logits[:, policy.banned_ids] = float("-inf")
     assert torch.equal(logits.argmax(1), pack.target)
 

@@ -29,7 +29,7 @@ from nanolmmr1.data.prompt import Processor
 from nanolmmr1.errors import UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import export
-from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.rollout.server import ServerSampler
 from nanolmmr1.rollout.server_http import Lost, Refused, Server, responses
 from nanolmmr1.schema import Phase, Recipe, Rollout
@@ -61,7 +61,8 @@ def processor(tiny):
 def policy(tiny, processor):
     model = weights.load(tiny)
     shake(model, 0)
-    return Policy(model, recipe([]), processor.banned_ids)
+    cfg = recipe([])
+    return Policy(model, cfg.pack, cfg.optim, processor.banned_ids)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,8 @@ def test_greedy_responses_are_our_own_token_for_token(engine, policy, prompts):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_the_trainers(engine, policy, prompts, temperature):
     told = []
-    groups = engine.generate(prompts, params(policy, 4, 40, temperature=temperature), seeds(prompts), told.append)
+    drawn = params(policy, 4, 40, temperature=temperature)
+    groups = engine.generate(prompts, drawn, seeds(prompts), on_progress=told.append)
     assert [group.prompt for group in groups] == prompts and sum(told) == 3
     assert len({tuple(response) for response in ids(groups)}) == 12
     assert torch.cat([r.logp for group in groups for r in group.responses]).std() > 1
@@ -352,12 +354,12 @@ def test_a_server_that_does_not_fit_the_recipe_is_refused(real, connect, policy,
     other = weights.load(folder)
     shake(other, 1)
     with pytest.raises(UserError, match="prompt of text differ from the policy's by .*: it has other weights"):
-        ServerSampler(Policy(other, cfg, processor.banned_ids), recipe([real[0]]), processor, folder)
+        ServerSampler(Policy(other, cfg.pack, cfg.optim, processor.banned_ids), recipe([real[0]]), processor, folder)
     name = "visual.patch_embed.proj.weight"
     other.load_state_dict(policy.model.state_dict())
     other.get_parameter(name).data.mul_(2)
     with pytest.raises(UserError, match="prompt with an image differ from the policy's by"):
-        ServerSampler(Policy(other, cfg, processor.banned_ids), recipe([real[0]]), processor, folder)
+        ServerSampler(Policy(other, cfg.pack, cfg.optim, processor.banned_ids), recipe([real[0]]), processor, folder)
 
 
 @needs_vllm

@@ -273,7 +273,8 @@ def test_a_key_never_becomes_the_name_of_a_host(mark):
 ])  # fmt: skip
 def test_the_command_never_listens_on_every_interface(policy, url, flags):  # noqa: F811
     sampler = object.__new__(ServerSampler)  # connected to nothing
-    sampler.policy, sampler.cfg, sampler.folder, sampler.fixed, sampler.longest = policy, recipe([]), "model", True, 9
+    sampler.policy, sampler.cfg, sampler.folder = policy, recipe([]), "model"
+    sampler.is_fixed, sampler.longest = True, 9
     command = sampler.command(Server(url, "run-key"))
     assert flags in command and "run-key" not in command
     assert ("--ssl-certfile" in command) == url.startswith("https")

@@ -32,7 +32,7 @@ from nanolmmr1.rollout.vllm import VllmSampler, engine_tensor
 from nanolmmr1.run.trainer import Trainer
 from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.schema import Prompt as PromptConfig
-from nanolmmr1.update.pack import pack_groups
+from nanolmmr1.update.pack import pack_groups, scored
 from nanolmmr1.update.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def shake(model, seed):
 def policy(tiny, cfg, processor):
     model = weights.load(tiny)
     shake(model, 0)
-    return Policy(model, cfg, processor.banned_ids)
+    return Policy(model, cfg.pack, cfg.optim, processor.banned_ids)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_every_pixel_reaches_the_engine(engine, policy, prompts):
 def test_log_probs_are_the_trainers(engine, policy, prompts, temperature):
     told = []
     groups = engine.generate(
-        prompts, params(policy, 4, 40, temperature=temperature), seeds(prompts), told.append)
+        prompts, params(policy, 4, 40, temperature=temperature), seeds(prompts), on_progress=told.append)
     assert [group.prompt for group in groups] == prompts and sum(told) == len(prompts)
     assert {r.finish for group in groups for r in group.responses} == {"length"}
     assert torch.cat([r.logp for group in groups for r in group.responses]).std() > 1
@@ -179,7 +179,7 @@ def test_truncated_sampling_reports_what_is_left_renormalised(engine, policy, pr
     groups = engine.generate(prompts, params(policy, 4, 16, top_k=5, top_p=0.8), seeds(prompts))
     (pack,), _ = pack_groups(groups, 1 << 20)
     with torch.no_grad():
-        logits = policy.run(pack, policy.model, lambda hidden, head: hidden @ head.T)  # (N, V)
+        logits = policy.forward(pack, policy.model, lambda hidden, head: scored(hidden, pack) @ head.T)  # (N, V)
     logits[:, policy.banned_ids] = float("-inf")
     truncate(logits, 0.8, 5)
     logp = logits.log_softmax(1).gather(1, pack.target[:, None])[:, 0]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanolmmr1.errors import Preempted, UserError
-from nanolmmr1.rollout import SamplingParams, vllm
+from nanolmmr1.rollout import vllm
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.rollout.vllm import VllmSampler
 
 FULL = RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62")
@@ -75,9 +76,9 @@ def make(monkeypatch):
         model = Model()
         sampler.policy = SimpleNamespace(model=model, dtype=torch.float32, device=torch.device("cpu"))
         sampler.cfg = SimpleNamespace(rollout=SimpleNamespace(timeout_s=60.0, sleep_level=2))
-        sampler.engine, sampler.on_gpu, sampler.ranks, sampler.calls = Engine(fails), True, 1, 0
+        sampler.engine, sampler.on_gpu, sampler.ranks_per_engine, sampler.calls = Engine(fails), True, 1, 0
         sampler.asleep, sampler.stats, sampler.dtype = set(asleep), {}, torch.float32
-        sampler.unproven, sampler.verified = set(), []
+        sampler.unverified, sampler.verified = set(), []
         sampler._verify = sampler.verified.append
         sampler.tensors = {name for name, _ in model.named_parameters()}
         sampler._memory = lambda: (8 << 30, 80 << 30, 40 << 30, 30 << 30)
@@ -91,8 +92,8 @@ def prompt():
     return SimpleNamespace(row=SimpleNamespace(id="r"), ids=torch.tensor([5]), patches=torch.empty(0, 4))
 
 
-def generate(sampler, advance=lambda n: None, prompts=1):
-    return sampler.generate([prompt() for _ in range(prompts)], PARAMS, [(b,) for b in range(prompts)], advance)
+def generate(sampler, prompts=1, **callbacks):
+    return sampler.generate([prompt() for _ in range(prompts)], PARAMS, [(b,) for b in range(prompts)], **callbacks)
 
 
 def reload_of(sampler):
@@ -124,7 +125,7 @@ def test_an_engine_that_wakes_without_new_weights_is_given_the_policys(make):
 def test_all_is_read_back_at_the_start_and_once_after_waking(make, level):
     """What sleep took may come back otherwise, and nothing would say so."""
     sampler, weights = make(), []
-    sampler.unproven, sampler.cfg.rollout.sleep_level = {"start", "wake"}, level
+    sampler.unverified, sampler.cfg.rollout.sleep_level = {"start", "wake"}, level
     verified = []
     for _ in range(3):
         sampler.update(sampler.policy.model.named_parameters())
@@ -138,7 +139,7 @@ def test_all_is_read_back_at_the_start_and_once_after_waking(make, level):
 
 def test_a_read_back_that_fails_is_made_again(make):
     sampler = make()
-    sampler.unproven, sampler._verify = {"start"}, lambda _: 1 / 0
+    sampler.unverified, sampler._verify = {"start"}, lambda _: 1 / 0
     for _ in range(2):
         with pytest.raises(UserError, match="ZeroDivisionError"):
             sampler.update(sampler.policy.model.named_parameters())
@@ -189,7 +190,7 @@ def test_what_is_wrong_with_an_engine_argument_is_told(make):
             return [{"msg": "max_model_len is too large"}, {"msg": "dtype is unknown"}]
 
     with pytest.raises(UserError, match="starting: max_model_len is too large; dtype is unknown"):
-        with make()._failing_at("starting"):
+        with make()._wrap_errors("starting"):
             raise Invalid("2 validation errors")
 
 
@@ -198,16 +199,15 @@ def test_the_ranks_of_one_engine_stop_before_the_same_step(make, who):
     """SIGTERM comes amid the third of six steps, in which no group becomes whole."""
     sampler, flags = make(), []
 
-    def agree(flag):  # asked of the deadline, then of the stop, before every step
+    def any_rank(flag):  # asked of the deadline, then of the stop, before every step
         flags.append(flag)
         return flag or who == "another" and len(flags) == 8
 
-    def advance(done):
-        if not done and who == "this rank" and len(sampler.engine.calls) >= 3:
-            raise Preempted
+    def should_stop():
+        return who == "this rank" and len(sampler.engine.calls) >= 3
 
-    sampler._agree = agree
+    sampler._any_rank = any_rank
     with pytest.raises(Preempted):
-        generate(sampler, advance, prompts=3)
+        generate(sampler, prompts=3, should_stop=should_stop)
     assert sampler.engine.calls == ["step", "step", "step", "abort 3"]
     assert flags == 7 * [False] + [who == "this rank"]  # both were asked of the step that was not made

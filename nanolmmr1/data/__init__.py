@@ -1,5 +1,5 @@
-"""Data: from files and hub data sets to prompts, that is token ids, image patches and positions.
+"""Data: from files and hub data sets to prompts, which are token ids, image patches and positions.
 
-The room imports errors.py and libraries, nothing else of the project.
-Begin with rows.py; prompt.py turns a row into what the model reads.
+The room imports errors.py and schema.py, nothing else of the project.
+Begin with rows.py; readers.py reads raw rows, prompt.py turns a row into the model's input, group.py adds responses.
 """

@@ -1,29 +1,35 @@
-"""From a row to what the model reads: chat text, token ids, image patches and 3-D positions.
+"""Prompts: chat text, token ids, image patches and 3-D positions of a row.
 
-The only place that knows tokenizer and image processor. A picture is resized once, here, and the same pixels
-serve trainer and sampler. The number of prompt tokens follows from picture sizes by arithmetic, so a data set
-is measured without decoding a pixel. A problem that contains the text of a special token is refused: image
-tokens then stand exactly where this file put them, and no data can end a turn or open another.
+Only this file uses the tokenizer and the image processor. An image is resized once, here, and the trainer and all
+samplers use the same pixels. The number of prompt tokens follows from the image sizes, so a data set is measured
+without decoding a pixel. A problem that contains the text of a special token is refused: so image tokens are only
+where this file puts them, and data cannot end a turn or begin one.
 
-Next: pack.py, where a prompt and its responses share one token axis.
+Next: group.py, a prompt with its responses.
 """
 
 import contextlib
 import json
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from nanolmmr1.data.rows import MARKER, Row, image_size, open_image, reason, shown
+from nanolmmr1.data.readers import reason, shown
+from nanolmmr1.data.rows import MARKER, Row, Size, image_size, open_image
 from nanolmmr1.errors import UserError
+from nanolmmr1.schema import Prompt as PromptConfig
 
+Grid = tuple[int, int, int]  # t, h, w of an image in patches
 MAX_ASPECT = 200  # as in Qwen2.5-VL's own smart_resize
-# Named rather than found by AutoTokenizer, which asks on the terminal whether to run a folder's own code.
+# An explicit list, because AutoTokenizer asks on the terminal whether to run code of the model folder.
 TOKENIZERS = {"Qwen2Tokenizer": Qwen2Tokenizer, "Qwen2TokenizerFast": Qwen2Tokenizer,
               "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
 PUBLISHED = "as published with Qwen2.5-VL"
@@ -31,7 +37,7 @@ PUBLISHED = "as published with Qwen2.5-VL"
 
 @dataclass
 class Prompt:
-    """A row made ready: L prompt tokens, P image patches, K image tokens (a patch's merge group each)."""
+    """A tokenized row: L prompt tokens, P image patches, K image tokens, one per merge group of patches."""
 
     row: Row
     ids: torch.Tensor  # (L,) int64
@@ -39,11 +45,11 @@ class Prompt:
     patches: torch.Tensor  # (P, 1176) float32
     grid: torch.Tensor  # (images, 3) int64: t, h, w in patches
     image_slots: torch.Tensor  # (K,) int64: where in ids the image features go
-    text: str  # as rendered, one <|image_pad|> an image
+    text: str  # the chat text, with one <|image_pad|> per image
 
     @property
-    def next_position(self):
-        """The position, on all three axes, of every response's first token."""
+    def next_position(self) -> int:
+        """The position of a response's first token, on all three axes."""
         return int(self.positions.max()) + 1
 
 
@@ -51,12 +57,24 @@ class Processor:
     """Tokenizer and image processor of a Qwen2.5-VL folder, with a recipe's templates and pixel limits.
 
     Raises:
-        UserError: the folder or a template lacks something, or a text holds a special token.
+        UserError: the folder or a template lacks something, or a template contains a special token.
     """
 
-    def __init__(self, folder, cfg):
+    special: dict[str, int]  # special tokens and their ids
+    image_pad_id: int  # the token that an image's embeddings replace
+    banned_ids: list[int]  # vision tokens, which must not be sampled
+    stop_ids: list[int]  # tokens that end a response
+    longest_token: int  # in bytes
+    patch: int  # pixels of a patch's side
+    merge: int  # patches of a merge group's side
+    frames: int  # of a patch
+    patch_dim: int  # values of a patch, 1176
+    resample: int  # Pillow's filter
+    levels: np.ndarray  # (3, 256) float32: a channel's normalised values
+
+    def __init__(self, folder: str | Path, cfg: PromptConfig) -> None:
         self.cfg, self.folder = cfg, shown(folder)
-        if not (Path(folder) / "tokenizer.json").is_file():  # transformers would make an empty one, silently
+        if not (Path(folder) / "tokenizer.json").is_file():  # transformers would create an empty tokenizer
             raise UserError(f"{self.folder} has no tokenizer.json: give the folder of a Qwen2.5-VL")
         self.tokenizer = _load_tokenizer(folder)
         if not self.tokenizer.chat_template:
@@ -69,35 +87,37 @@ class Processor:
         self.image_pad_id = self.special["<|image_pad|>"]
         vision = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
         self.banned_ids = [self.special[f"<|{name}|>"] for name in vision if f"<|{name}|>" in self.special]
-        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # in bytes: each stands there as a character
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # the vocabulary has a character per byte
         stops = _generation_stops(folder) | {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         self.stop_ids = sorted(stops - {None})
 
         images = _load_images(folder)
         self.patch, self.merge, self.frames = images.patch_size, images.merge_size, images.temporal_patch_size
         self.patch_dim, self.resample = 3 * self.frames * self.patch**2, images.resample
-        # A channel has 256 values, so rescaling and normalising is a table; made by the processor, it is exact.
+        # A channel has 256 values, so rescaling and normalising is a table. The processor computes it: exactly equal.
         ramp = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # (3, 1, 256)
         ramp = images.normalize(images.rescale(ramp, images.rescale_factor), images.image_mean, images.image_std)
-        self.levels = ramp[:, 0].astype(np.float32)  # (3, 256)
+        self.levels = ramp[:, 0].astype(np.float32)
+        self._check_templates()
 
+    def _check_templates(self) -> None:
         for key, needed in (("system", ""), ("template", "{problem}"), ("caption_template", "{caption}")):
-            text = getattr(cfg, key)
+            text = getattr(self.cfg, key)
             self._refuse_special(text, f"prompt.{key}")
             if needed and text.count(needed) != 1:
                 raise UserError(f"prompt.{key}={text!r}: {needed} must stand in it once")
             if MARKER in text:
                 raise UserError(f"prompt.{key}={text!r}: {MARKER} belongs in the rows' problems")
-        # The template is a program: what is wrong with it should show now, and not at the first prompt.
+        # A chat template is a program, so it is run here: errors should not wait for the first prompt.
         if "1 + 1 = ?" not in self._render(Row("1 + 1 = ?", "2", id="made up, of text"), False):
             raise UserError(f"the chat template in {self.folder} does not show a problem's text, as of a text model; "
                             "use the one published with Qwen2.5-VL")
         self._render(Row(f"{MARKER}How many?", "2", [b""], id="made up, with an image"), False)
 
-    def messages(self, row, captions):
-        """Chat messages: text and image parts in the order of the problem's markers.
+    def messages(self, row: Row, captions: bool) -> list[dict[str, Any]]:
+        """Chat messages, with text and image parts in the order of the problem's markers.
 
-        With captions, the row's caption stands before its first image (or first, where there is none).
+        With captions, the row's caption comes before its first image, or first if there is no image.
         """
         where = f"row {row.id}"
         self._refuse_special(row.problem, f"{where}: problem")
@@ -113,18 +133,18 @@ class Processor:
         system = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         return system + [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
 
-    def at_least(self, row, captions):
-        """The fewest tokens that the row's texts can have by their length; nothing is tokenised."""
+    def at_least(self, row: Row, captions: bool) -> int:
+        """A lower bound of the row's tokens from the length of its texts, without tokenizing them."""
         return sum(_fewest_bytes(text) for text in (row.problem, row.caption * captions)) // self.longest_token
 
-    def measure(self, row, captions):
-        """(tokens, image patches) of what `prepare` would make of the row, from picture headers alone."""
+    def measure(self, row: Row, captions: bool) -> Size:
+        """(tokens, image patches) of the row's Prompt, from image headers alone."""
         ids, _ = self._tokenize(row, captions)
-        grids = [self._grid_of(row, *image_size(item)) for item in row.images]
-        return len(ids) + sum(self._slots(g) - 1 for g in grids), sum(t * h * w for t, h, w in grids)
+        grids = [self._row_grid(row, *image_size(item)) for item in row.images]
+        return len(ids) + sum(self._slots(grid) - 1 for grid in grids), sum(t * h * w for t, h, w in grids)
 
-    def image_grid(self, width, height):
-        """(t, h, w) in patches of a picture of width x height pixels after resizing: arithmetic only.
+    def image_grid(self, width: int, height: int) -> Grid:
+        """The grid of an image of width x height pixels after resizing.
 
         Raises:
             UserError: one side is more than 200 times the other.
@@ -135,39 +155,41 @@ class Processor:
         height, width = smart_resize(height, width, self.patch * self.merge, self.cfg.min_pixels, self.cfg.max_pixels)
         return 1, height // self.patch, width // self.patch
 
-    def resized(self, row):
-        """The row's pictures, RGB, at the size the model sees: what any other sampler engine must be given."""
-        pictures = []
+    def resized(self, row: Row) -> list[Image]:
+        """The row's images, RGB, at the size that the model sees; every sampler must use these."""
+        images = []
         for item in row.images:
-            picture = open_image(item)
-            _, h, w = self._grid_of(row, *picture.size)
-            pictures.append(picture.resize((w * self.patch, h * self.patch), self.resample))
-        return pictures
+            image = open_image(item)
+            _, h, w = self._row_grid(row, *image.size)
+            images.append(image.resize((w * self.patch, h * self.patch), self.resample))
+        return images
 
-    def prepare(self, row, captions):
-        """The row as a Prompt; opens and resizes its pictures."""
-        ids, text = self._tokenize(row, captions)
-        ids = np.array(ids)
+    def prepare(self, row: Row, captions: bool) -> Prompt:
+        """Tokenize the row; open and resize its images."""
+        tokens, text = self._tokenize(row, captions)
+        ids = np.array(tokens)
         pads = np.flatnonzero(ids == self.image_pad_id)  # (images,)
-        pictures = self.resized(row)
-        grid = [(1, picture.height // self.patch, picture.width // self.patch) for picture in pictures]
+        images = self.resized(row)
+        grid = [(1, image.height // self.patch, image.width // self.patch) for image in images]
         repeats = np.ones_like(ids)
         repeats[pads] = [self._slots(g) for g in grid]
         positions = self._positions(len(ids), pads, grid)
         ids = np.repeat(ids, repeats)
-        patches = [self._patches(np.asarray(picture)) for picture in pictures]
+        patches = [self._patches(np.asarray(image)) for image in images]
         return Prompt(
             row=row, ids=torch.from_numpy(ids), positions=torch.from_numpy(positions),
             patches=torch.from_numpy(np.concatenate([np.empty((0, self.patch_dim), np.float32), *patches])),
             grid=torch.tensor(grid, dtype=torch.int64).view(-1, 3),
             image_slots=torch.from_numpy(np.flatnonzero(ids == self.image_pad_id)), text=text)
 
-    def decode(self, ids):
-        """Text of response ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: torch.Tensor | list[int]) -> str:
+        """The text of a response, without special tokens."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
-    def _tokenize(self, row, captions):
-        """(token ids with one pad an image, chat text)."""
+    def _tokenize(self, row: Row, captions: bool) -> tuple[list[int], str]:
+        """Token ids, with one pad per image, and chat text."""
         text = self._render(row, captions)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (pads := ids.count(self.image_pad_id)) != len(row.images):
@@ -175,31 +197,35 @@ class Processor:
                             "use the template published with Qwen2.5-VL")
         return ids, text
 
-    def _render(self, row, captions):
+    def _render(self, row: Row, captions: bool) -> str:
         messages = self.messages(row, captions)
-        with _blaming(f"row {row.id}: the chat template in {self.folder} fails; use the one published with Qwen2.5-VL"):
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        problem = f"row {row.id}: the chat template in {self.folder} fails; use the one published with Qwen2.5-VL"
+        with _as_user_error(problem):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
 
-    def _refuse_special(self, text, where):
+    def _refuse_special(self, text: str, where: str) -> None:
         for token in self.special:
             if token in text:
                 raise UserError(f"{where} contains {token}, a special token of the model: remove it")
 
-    def _grid_of(self, row, width, height):
+    def _row_grid(self, row: Row, width: int, height: int) -> Grid:
         try:
             return self.image_grid(width, height)
         except UserError as error:
             raise UserError(f"row {row.id}: {error}") from error
 
-    def _slots(self, grid):
+    def _slots(self, grid: Grid) -> int:
+        """Image tokens of an image."""
         t, h, w = grid
         return t * h * w // self.merge**2
 
-    def _positions(self, length, pads, grid):
-        """Positions (3, L) of `length` tokens in which each of `pads` stands for a whole image.
+    def _positions(self, length: int, pads: np.ndarray, grid: list[Grid]) -> np.ndarray:
+        """Positions (3, L) of a text of `length` tokens whose pads, at the indices `pads`, are expanded to images.
 
-        Text counts on, alike on all axes. An image starting at s has t = s, h = s + row, w = s + column over its
-        merged grid, and the text after it goes on past the largest of these (Qwen2-VL, arXiv 2409.12191, 2.1).
+        Text positions count up, equal on all axes. An image that starts at s has t = s, h = s + row, w = s + column on
+        its merged grid. The text after it starts one past the largest of these (Qwen2-VL, arXiv 2409.12191, 2.1).
         """
         blocks, start, done = [], 0, 0
         for pad, (t, h, w) in zip(pads, grid, strict=True):
@@ -211,10 +237,10 @@ class Processor:
         blocks.append(np.broadcast_to(np.arange(start, start + length - done), (3, length - done)))
         return np.concatenate(blocks, axis=1)
 
-    def _patches(self, pixels):
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (height, width, 3) uint8 -> patches (P, 3 * frames * patch * patch) float32.
 
-        Patches of one merge group are neighbours; a still picture is its own second frame.
+        Patches of a merge group are consecutive. All frames of a still image are equal.
         """
         height, width, _ = pixels.shape
         m, p = self.merge, self.patch
@@ -225,76 +251,66 @@ class Processor:
         return values.reshape(-1, self.patch_dim)
 
 
-def _fewest_bytes(text):
-    """Of the text once the tokenizer has normalised it: NFC makes one character of up to four."""
+def _fewest_bytes(text: str) -> int:
+    """A lower bound of the bytes after the tokenizer's NFC normalisation, which may join four characters to one."""
     return len(text) if text.isascii() or unicodedata.is_normalized("NFC", text) else len(text) // 4
 
 
 @contextlib.contextmanager
-def _blaming(what):
-    """Turn whatever the block raises into a UserError: transformers, tokenizers and Jinja raise any type, bare
-    Exception too, at files and templates that are damaged or hostile."""
+def _as_user_error(problem: str) -> Iterator[None]:
+    """Turn exceptions of the block into UserError. transformers, tokenizers and Jinja raise any type, also a bare
+    Exception, at damaged or hostile files and templates."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {reason(error)})") from error
+        raise UserError(f"{problem} ({type(error).__name__}: {reason(error)})") from error
 
 
-def _load_tokenizer(folder):
+def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast | Qwen2Tokenizer:
     path = Path(folder) / "tokenizer_config.json"
     tree = _read_object(path)
     name = tree.get("tokenizer_class", "Qwen2Tokenizer")
     if not (isinstance(name, str) and name in TOKENIZERS):
         raise UserError(f"{shown(path)}: tokenizer_class={name!r:.100} is not known: one of {', '.join(TOKENIZERS)}")
-    with _blaming(f"{shown(folder)} needs tokenizer.json, tokenizer_config.json and config.json {PUBLISHED}"):
+    with _as_user_error(f"{shown(folder)} needs tokenizer.json, tokenizer_config.json and config.json {PUBLISHED}"):
         tokenizer = TOKENIZERS[name].from_pretrained(folder, local_files_only=True)
         if not tokenizer("1 + 1")["input_ids"]:
-            raise ValueError("it makes no tokens of text")
+            raise ValueError("text has no tokens")
         return tokenizer
 
 
-def _load_images(folder):
-    """The image processor. Named rather than found by AutoImageProcessor, which prefers torchvision where that is
-    installed: its pixels differ in the last bits, and one recipe would mean two things."""
-    path = next((path for name in ("preprocessor_config.json", "processor_config.json")
-                 if (path := Path(folder) / name).exists()), Path(folder) / "preprocessor_config.json")
+def _load_images(folder: str | Path) -> Qwen2VLImageProcessorPil:
+    """The image processor, its settings checked.
+
+    The class is named because AutoImageProcessor prefers torchvision where that is installed, whose pixels differ in
+    the last bits: a recipe would give other results.
+    """
+    names = [name for name in ("preprocessor_config.json", "processor_config.json") if (Path(folder) / name).exists()]
+    path = Path(folder) / (names or ["preprocessor_config.json"])[0]
     _read_object(path)
-    with _blaming(f"{shown(path)} is not {PUBLISHED}"):
+    with _as_user_error(f"{shown(path)} is not {PUBLISHED}"):
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-
-    def number(value, least, most):
-        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-    def whole(value, least, most):
-        return number(value, least, most) and isinstance(value, int)
-
-    for key, good, wanted in (
-        ("patch_size", lambda v: whole(v, 1, 1024), "a whole number from 1 to 1024"),
-        ("merge_size", lambda v: whole(v, 1, 64), "a whole number from 1 to 64"),
-        ("temporal_patch_size", lambda v: whole(v, 1, 64), "a whole number from 1 to 64"),
-        ("resample", lambda v: whole(v, 0, 5), "a filter from 0 to 5"),
-        ("rescale_factor", lambda v: number(v, 1e-9, 1e9), "a positive number"),
-        ("image_mean", lambda v: _three(v, lambda x: number(x, -1e9, 1e9)), "three numbers"),
-        ("image_std", lambda v: _three(v, lambda x: number(x, 1e-9, 1e9)), "three positive numbers"),
+    for key, count, types, least, most, needed in (
+        ("patch_size", 1, int, 1, 1024, "a whole number from 1 to 1024"),
+        ("merge_size", 1, int, 1, 64, "a whole number from 1 to 64"),
+        ("temporal_patch_size", 1, int, 1, 64, "a whole number from 1 to 64"),
+        ("resample", 1, int, 0, 5, "a filter from 0 to 5"),
+        ("rescale_factor", 1, (int, float), 1e-9, 1e9, "a positive number"),
+        ("image_mean", 3, (int, float), -1e9, 1e9, "three numbers"),
+        ("image_std", 3, (int, float), 1e-9, 1e9, "three positive numbers"),
     ):
         value = getattr(images, key, None)
-        if not good(value):
-            raise UserError(f"{shown(path)}: {key}={value!r:.100}: {wanted} is needed, {PUBLISHED}")
+        numbers = [value] if count == 1 else value if isinstance(value, list | tuple) else []
+        valid = [isinstance(n, types) and not isinstance(n, bool) and least <= n <= most for n in numbers]
+        if len(valid) != count or not all(valid):
+            raise UserError(f"{shown(path)}: {key}={value!r:.100}: {needed} is needed, {PUBLISHED}")
     return images
 
 
-def _three(values, good):
-    return isinstance(values, list | tuple) and len(values) == 3 and all(map(good, values))
-
-
-def _read_object(path):
-    """A JSON object of a model folder in which no key asks for code of the folder's own.
-
-    Raises:
-        UserError: missing, not that, or such a key.
-    """
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder; refuse one that asks to run code of the folder (auto_map)."""
     try:
         tree = json.loads(path.read_bytes())
         if not isinstance(tree, dict):
@@ -307,8 +323,8 @@ def _read_object(path):
     return tree
 
 
-def _generation_stops(folder):
-    """The end tokens that generation_config.json names (Qwen2.5-VL: end of turn, end of text), if there is one."""
+def _generation_stops(folder: str | Path) -> set[int]:
+    """The end tokens of generation_config.json (Qwen2.5-VL: end of turn, end of text); the file is optional."""
     path = Path(folder) / "generation_config.json"
     if not path.exists():
         return set()

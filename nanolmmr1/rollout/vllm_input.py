@@ -1,72 +1,98 @@
-"""What a vLLM engine is told of a prompt and of how to sample, be it in this process or behind a server.
+"""Input of a vLLM engine: images and sampling parameters, the same for an engine in this process and on a server.
 
-Next: vllm.py, the engine in this process; vllm_http.py, one server.
+Next: vllm_tensors.py, its weights.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
+
+from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.errors import UserError
+from nanolmmr1.rollout.sampler import SamplingParams
+from nanolmmr1.schema import Recipe
+from nanolmmr1.update.policy import Policy
 
 
-def images_of(prompt, merge):
-    """[(grid (3,), pixels (patches, patch_dim), first token, number of tokens)], one a picture of the prompt.
+class PromptImage(NamedTuple):
+    """One image of a prompt."""
+
+    grid: torch.Tensor  # (3,) int64: t, h, w in patches
+    pixels: torch.Tensor  # (patches, patch_dim) fp32
+    first: int  # index of its first token in the prompt
+    length: int  # number of its tokens, which are contiguous
+
+
+def images_of(prompt: Prompt, merge: int) -> list[PromptImage]:
+    """The images of a prompt.
 
     Args:
-        merge: patches along a side of an image token, as the engine counts them.
+        merge: patches along one side of an image token, as the engine counts them.
 
     Raises:
-        UserError: the pictures do not fit the prompt's tokens.
+        UserError: the images do not fit the prompt's tokens.
     """
-    row, given = f"row {prompt.row.id}", len(prompt.image_slots)
+    row, slots = f"row {prompt.row.id}", len(prompt.image_slots)
     patches = prompt.grid.prod(1).tolist()
     counts = [count // merge**2 for count in patches]
-    if sum(counts) != given or sum(patches) != len(prompt.patches):
-        raise UserError(f"{row}: {given} image tokens and {len(prompt.patches)} patches, but the engine makes "
-                        f"{sum(counts)} and {sum(patches)} of the grids {prompt.grid.tolist()}")
+    if sum(counts) != slots or sum(patches) != len(prompt.patches):
+        raise UserError(f"{row}: {slots} image tokens and {len(prompt.patches)} patches, but the engine makes "
+                        f"{sum(counts)} and {sum(patches)} of the grids {prompt.grid.tolist()}")  # fmt: skip
     images = []
-    if given:
-        parts = zip(prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True)
-        for grid, pixels, slots in parts:
-            first, last = int(slots[0]), int(slots[-1])
-            if last - first + 1 != len(slots):
-                raise UserError(f"{row}: the {len(slots)} tokens of the image at token {first} are not neighbours")
-            images.append((grid, pixels, first, len(slots)))
+    if slots:
+        for grid, pixels, tokens in zip(
+            prompt.grid, prompt.patches.split(patches), prompt.image_slots.split(counts), strict=True
+        ):
+            first, last = int(tokens[0]), int(tokens[-1])
+            if last - first + 1 != len(tokens):
+                raise UserError(f"{row}: the {len(tokens)} tokens of the image at token {first} are not neighbours")
+            images.append(PromptImage(grid, pixels, first, len(tokens)))
     return images
 
 
-def batch_tokens(longest, sequences):
-    """Tokens of an engine step in which no prompt is cut: the longest one's, or one of every sequence."""
+def longest_sequence(cfg: Recipe) -> int:
+    """Most tokens of a prompt and its response, over all phases and the evaluation of a resolved recipe."""
+    evaluate = cfg.evaluate
+    assert evaluate.max_prompt_tokens is not None and evaluate.max_response_tokens is not None
+    lengths = [phase.max_prompt_tokens + phase.max_response_tokens for phase in cfg.phases.values()]
+    return max([*lengths, evaluate.max_prompt_tokens + evaluate.max_response_tokens])
+
+
+def batch_tokens(longest: int, sequences: int) -> int:
+    """Token budget of an engine step that splits no prompt: the longest prompt, or one token of every sequence."""
     return max(2048, longest, sequences)
 
 
-def sampling_fields(params):
-    """The fields of vLLM's sampling parameters that every engine is given alike."""
+def sampling_fields(params: SamplingParams) -> dict[str, Any]:
+    """Fields of vLLM's sampling parameters that are the same for every engine."""
     return dict(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
         max_tokens=params.max_tokens,
         stop_token_ids=list(params.stop_ids),
-        ignore_eos=True,  # stop_ids say it all
-        logprobs=0,  # of the sampled token alone
+        ignore_eos=True,  # stop_ids has every stop token
+        logprobs=0,  # of the sampled token only
         detokenize=False,
     )
 
 
-def check_logps(who, logps, lowest=-math.inf):
-    """Refuse log-probs that are none: they have to be above `lowest`, and at most 0 but for rounding.
+def check_logps(source: str, logps: Iterable[float], lowest: float = -math.inf) -> None:
+    """Check that log-probs are above `lowest` and, up to rounding, at most 0.
 
     Raises:
-        UserError: the first one that is not.
+        UserError: names `source` and the first log-prob that is not; NaN is not.
     """
     wrong = next((x for x in logps if not lowest < x <= 1e-3), None)
     if wrong is not None:
-        raise UserError(f"{who} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
+        raise UserError(f"{source} gave a log-prob that is not a number up to 0 ({wrong:.3g}): its weights are broken")
 
 
-def fp32_head(policy):
-    """Overrides of the model's config, so that an engine's logits are fp32 sums, as ours are.
+def fp32_head(policy: Policy) -> dict[str, str]:
+    """Overrides of the model config that make the engine's logits fp32 sums, like the trainer's.
 
-    Rounded to bf16 they would be off by 0.01 to 0.02 nats on average. A bf16 head on a CPU stays as it is.
+    Rounded to bf16, log-probs would be off by 0.01 to 0.02 nats on average. A bf16 head on a CPU is not overridden.
     """
     return {} if policy.device.type == "cpu" and policy.dtype.itemsize < 4 else {"head_dtype": "float32"}

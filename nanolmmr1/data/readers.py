@@ -1,0 +1,267 @@
+"""Raw rows of .jsonl, .json and .parquet files, folders, saved data sets and the hub.
+
+Data is untrusted. A few kB can unpack to any size, so files are measured, and read in pieces below the limits here.
+That is why parquet is not read by `datasets`, which has no such limits; it reads only its own folders, and the hub.
+
+Next: prompt.py, from a row to token ids, patches and positions.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from nanolmmr1.errors import UserError
+
+MAX_LINE = 64 << 20  # characters (bytes in UTF-8) of a line of .jsonl, or of an object in a .json list
+MAX_VALUES = 1 << 20  # texts, numbers, lists and objects of one line: an empty list is 2 bytes there, 88 in memory
+MAX_RECORD = 256 << 20  # bytes of an image file, or of a row of parquet or a data set with its images
+MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a file may unpack to so many bytes, or to so many times its size
+PIECE = 64 << 20  # bytes of Arrow data that are converted to Python objects together
+CHUNK = 1 << 20  # characters of a .json list that are read together
+
+Numbered = Iterator[tuple[int, Any]]  # raw rows of a file and their numbers
+Records = Iterator[tuple[Any, str, Path | None]]  # raw row, its place for messages, folder of relative image paths
+
+
+def shown(text: object, most: int = 1000) -> str:
+    """Text of data, or a path, for messages and logs: cut to `most` characters, unprintable ones escaped as \\x1b."""
+    text = text if len(text := str(text)) <= most else text[:most] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) if not text.isprintable() else text
+
+
+def reason(error: object) -> str:
+    """The message of an exception, or else its name, in one short line."""
+    return shown(" ".join(str(error)[:2000].split()), 300) or type(error).__name__
+
+
+def raw_rows(source: str) -> Records:
+    """The raw rows of a source, see `rows.load_rows`.
+
+    Raises:
+        UserError: it does not exist, has no such split, cannot be read, or would unpack to more than the limits.
+    """
+    name, at, split = source.rpartition("@")
+    if not at or os.path.exists(source):
+        name, split = source, ""
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
+        if split:
+            raise UserError(f"{shown(source)}: a single file has no splits; leave out @{shown(split)}")
+        yield from _from_file(path)
+    elif any(os.path.isfile(path / mark) for mark in ("state.json", "dataset_dict.json")):
+        yield from _from_datasets(str(path), split, path)
+    elif os.path.isdir(path):
+        for file in _files(path, split):
+            yield from _from_file(file)
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix not in READERS:
+        yield from _from_datasets(name, split, None)
+    else:
+        raise UserError(f"{shown(name)} does not exist: give a file ({', '.join(READERS)}), folder or hub id owner/set")
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The data files of one split of a folder. Shards (train-00000-of-00002) are one split."""
+    splits: dict[str, list[Path]] = {}
+    for path in sorted([*folder.glob("*.*"), *folder.glob("data/*.*")]):
+        if path.suffix in (".jsonl", ".parquet"):
+            splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path)
+    if not splits:
+        raise UserError(f"{shown(folder)} holds no .jsonl or .parquet file and no saved data set")
+    return _pick(splits, split, shown(folder))
+
+
+def _pick(splits: dict[str, Any], split: str, label: str) -> Any:
+    if split and split not in splits:
+        raise UserError(f"{label}: no split {split!r}; it has {shown(', '.join(splits))}")
+    if not split and len(splits) > 1:
+        raise UserError(f"{label} has the splits {shown(', '.join(splits))}: pick one, as in {label}@SPLIT")
+    return splits[split or next(iter(splits))]
+
+
+def _from_file(path: Path) -> Records:
+    name = shown(path)
+    if path.suffix not in READERS:
+        raise UserError(f"{name}: a {path.suffix or 'nameless'} file is not read; use one of {', '.join(READERS)}")
+    if not path.is_file():  # a folder may hold a FIFO, and reading that never ends
+        raise UserError(f"{name} is no regular file: remove it, or name the files that are data")
+    try:
+        for number, record in READERS[path.suffix](path, name):
+            if path.name == "metadata.jsonl" and isinstance(record, dict) and "file_name" in record:
+                record.setdefault("image", record["file_name"])  # the convention of image folders
+            yield record, f"{name}:{number}", path.parent
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{name} cannot be read: {reason(error)}") from error
+
+
+def _from_datasets(name: str, split: str, folder: Path | None) -> Records:
+    label = shown(name)
+    try:
+        import datasets  # takes a second, and most runs read plain files
+        data = datasets.load_from_disk(name) if folder else datasets.load_dataset(name)
+    except ImportError as error:
+        raise UserError(f"{label} is no file or folder here, or one for the package `datasets`, which is missing "
+                        f"({reason(error)}): pip install 'nanolmmr1[data]'") from error
+    except Exception as error:  # any type: an unreachable hub, a damaged folder
+        raise UserError(f"{label} is neither a file or folder here nor a readable data set: {reason(error)}") from error
+    if not isinstance(data, dict) and split:
+        raise UserError(f"{label}: this data set has no splits; leave out @{shown(split)}")
+    data = _pick(data, split, label) if isinstance(data, dict) else data
+    label += f"@{split}" if split else ""
+    packed = sum(os.path.getsize(file["filename"]) for file in data.cache_files)
+    # As Arrow tables, images are the bytes that were stored, not decoded ones.
+    batches = (batch for table in data.with_format("arrow").iter(1024) for batch in table.to_batches())
+    for number, record in _arrow_rows(batches, label, packed):
+        yield record, f"{label}:{number}", folder
+
+
+def _encoding(file: IO[bytes]) -> str:
+    """UTF-8, 16 or 32 by the first bytes; the file is then at its start, or after a byte-order mark of UTF-8."""
+    encoding = json.detect_encoding(file.read(4))
+    file.seek(3 if encoding == "utf-8-sig" else 0)
+    return encoding.removesuffix("-sig")
+
+
+def _read_jsonl(path: Path, name: str) -> Numbered:
+    with open(path, "rb") as file:
+        encoding = _encoding(file)
+        # UTF-8 is split as bytes, so that a broken character is reported with its line.
+        lines: IO[Any] = file if encoding == "utf-8" else io.TextIOWrapper(file, encoding, newline="\n")
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), lines.read(0)), 1):
+            if not line.isspace():
+                _check_size(line, f"{name}:{number}")
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise _unreadable(f"{name}:{number}", error) from error
+
+
+def _check_size(text: str | bytes, place: str) -> None:
+    marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    if len(text) > MAX_LINE or len(text) > MAX_VALUES < sum(map(text.count, marks)):
+        raise UserError(f"{place}: a row of more than {MAX_LINE:,} characters or {MAX_VALUES:,} values; write one "
+                        "object a line, or in .json a list, with pictures as paths")
+
+
+def _unreadable(place: str, error: object) -> UserError:
+    return UserError(f"{place}: unreadable JSON ({reason(error)}); write one object a line, or in .json a list")
+
+
+def _read_json(path: Path, name: str) -> Numbered:
+    with open(path, "rb") as file:
+        text = io.TextIOWrapper(file, _encoding(file))
+        start = text.read(CHUNK).lstrip()
+        yield from _read_list(text, start, name) if start.startswith("[") else _read_jsonl(path, name)
+
+
+def _read_list(file: IO[str], text: str, name: str) -> Numbered:
+    """The elements of a JSON list, read chunk by chunk: `text` is its start, `file` has the rest."""
+    decode, between, at, number = json.JSONDecoder().raw_decode, (r"\[\s*(\])?", r"\s*(?:,\s*|(\]))"), 0, 1
+    while not ((gap := re.compile(between[number > 1]).match(text, at)) and gap[1]):
+        try:
+            if not gap:
+                raise json.JSONDecodeError("a comma or ] should follow the last object", text, at)
+            record, at = decode(text, gap.end())
+        except (ValueError, RecursionError) as error:
+            # Perhaps the object only continues in the next chunk.
+            new = file.read(max(CHUNK, len(text) // 4)) if isinstance(error, json.JSONDecodeError) else ""
+            if not new:
+                raise _unreadable(f"{name}:{number}", error) from error
+            text, at = text[at:], 0
+            _check_size(text, f"{name}:{number}")
+            text += new
+        else:
+            yield number, record
+            number += 1
+    if text[gap.end():].strip() or file.read(CHUNK).strip():
+        raise _unreadable(f"{name}:{number}", "the list ends before the file does")
+
+
+def _read_parquet(path: Path, name: str) -> Numbered:
+    import pyarrow.parquet
+
+    try:
+        metadata, packed = pyarrow.parquet.read_metadata(path), path.stat().st_size
+        batch_rows, unpacked = 1 << 16, 0
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            chunks, rows = [group.column(i) for i in range(group.num_columns)], max(group.num_rows, 1)
+            size = sum(chunk.total_uncompressed_size for chunk in chunks)
+            if size > rows * MAX_RECORD:
+                raise UserError(f"{name}: rows of {size // rows:,} bytes, more than {MAX_RECORD:,}; cut them down")
+            batch_rows = min(batch_rows, max(PIECE * rows // max(size, 1), 1))
+            unpacked += size + 100 * sum(chunk.num_values for chunk in chunks)  # as Python objects
+        _check_unpacked(name, packed, unpacked)
+        # A dictionary column unpacks a repeated value once. A batch of lists can hold one dictionary only, so batches
+        # end with their row group.
+        columns = map(metadata.schema.column, range(metadata.num_columns))
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        file = pyarrow.parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts, buffer_size=CHUNK)
+        batches = (b for i in range(file.num_row_groups) for b in file.iter_batches(batch_rows, row_groups=[i]))
+        yield from _arrow_rows(batches, name, packed)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name} is not readable parquet: {reason(error)}") from error
+
+
+READERS: dict[str, Callable[[Path, str], Numbered]] = {
+    ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _check_unpacked(name: str, packed: int, unpacked: int) -> None:
+    if unpacked > max(MAX_UNPACKED, packed * MAX_RATIO):
+        raise UserError(f"{name}: {packed:,} bytes that unpack to more than {MAX_UNPACKED:,} and {MAX_RATIO} times as "
+                        "much; no data set to train on is like that: cut it down")
+
+
+def _arrow_rows(batches: Iterable[Any], name: str, packed: int) -> Numbered:
+    """The rows of Arrow batches, converted in pieces of at most PIECE bytes; `packed`: the size of their files."""
+    import pyarrow
+
+    number = total = 0
+    try:
+        for batch in batches:
+            batch.validate(full=True)  # texts may be no UTF-8, and offsets of a saved data set may lead anywhere
+            total += sum(map(_python_bytes, batch.columns))
+            _check_unpacked(name, packed, total)
+            pieces = [batch]
+            while pieces:
+                piece = pieces.pop()
+                sizes, half = list(map(_python_bytes, piece.columns)), piece.num_rows // 2
+                if sum(sizes) > PIECE and half:
+                    pieces += [piece[half:], piece[:half]]
+                    continue
+                if sum(sizes) > MAX_RECORD:
+                    raise UserError(f"{name}:{number + 1}: a row of {sum(sizes):,} bytes, over {MAX_RECORD:,}, most "
+                                    f"in column {piece.schema.names[sizes.index(max(sizes))]!r:.80}; cut it down")
+                flat = [c.dictionary_decode() if hasattr(c, "dictionary") else c for c in piece.columns]  # 3 x faster
+                records = pyarrow.RecordBatch.from_arrays(flat, piece.schema.names).to_pylist()
+                yield from enumerate(records, number + 1)
+                number += len(records)
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:  # such as a date before the year 1
+        raise UserError(f"{name}: unreadable data after row {number}: {reason(error)}") from error
+
+
+def _python_bytes(array: Any) -> int:
+    """About the bytes of an Arrow array as Python objects. Its `nbytes` counts repeats and empty lists as nothing."""
+    from pyarrow import BaseExtensionType, compute, types
+
+    data_type, count, indices = array.type, len(array), None
+    if isinstance(data_type, BaseExtensionType):
+        return _python_bytes(array.storage)
+    if types.is_struct(data_type):
+        return 200 * count + sum(map(_python_bytes, array.flatten()))
+    if types.is_list(data_type) or types.is_large_list(data_type) or types.is_fixed_size_list(data_type):
+        return 64 * count + 8 * len(items := array.flatten()) + _python_bytes(items)
+    if types.is_dictionary(data_type):
+        array, indices, data_type = array.dictionary, array.indices, data_type.value_type
+    nested = data_type.num_fields or types.is_dictionary(data_type)
+    if nested or any(name in str(data_type) for name in ("view", "run_end")):
+        raise ValueError(f"a column of type {data_type} is not read: convert it to text, numbers or lists")
+    if not any(name in str(data_type) for name in ("string", "binary")):
+        return 64 * count
+    lengths = compute.binary_length(array)
+    return 64 * count + (compute.sum(lengths if indices is None else lengths.take(indices)).as_py() or 0)
