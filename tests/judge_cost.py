@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanolmmr1.reward.judge import Judge
+from nanolmmr1.reward.judge import Judge  # noqa: E402
 from nanolmmr1.reward.rules import final_answer, plain_accuracy  # noqa: E402
 from nanolmmr1.schema import Reward  # noqa: E402
 

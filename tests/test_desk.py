@@ -1,4 +1,4 @@
-"""The embedded world: what it is made of, that no held-out row is trained on, and that others can load it."""
+"""The desk recipe's data and model: contents, the held-out split, and loading by other libraries."""
 
 import json
 import random
@@ -9,21 +9,26 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from nanolmmr1.data.rows import load_rows
-from nanolmmr1.desk import build, cold_start
-from nanolmmr1.desk.tasks import WORDS, _writings, guessed, worked
+from nanolmmr1.desk import cold_start
+from nanolmmr1.desk.tasks import WORDS, _handwriting, guessed, worked
+from nanolmmr1.desk.world import build
 from nanolmmr1.report.display import Display
-from nanolmmr1.reward.rules import accuracy_reward, format_reward
+from nanolmmr1.reward.rules import final_answer, format_reward, plain_accuracy
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A world whose model was hardly taught."""
+    """Rows, images and a model after three steps of its cold start."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cold_start, "SKILL_STEPS", 2)
         patch.setattr(cold_start, "HABIT_STEPS", 1)
         build(folder, 3, Display({}, quiet=True))
     return folder
+
+
+def accuracy_reward(response, gold):
+    return plain_accuracy(final_answer(response), final_answer(gold))
 
 
 def rows(world, name):
@@ -44,7 +49,7 @@ def test_held_out_rows_ask_what_no_training_row_asks(world):
 
 
 def test_no_handwriting_is_both_trained_on_and_held_out():
-    writings = _writings()
+    writings = _handwriting()
     train, test = ({w.tobytes() for digit in writings[part].values() for w in digit} for part in ("train", "test"))
     assert len(train) + len(test) > 1700
     assert not train & test

@@ -1,4 +1,4 @@
-"""The start-up check: it finds nothing wrong where nothing is, and what is wrong where something is."""
+"""The doctor: no failure where nothing is wrong, and the right failure for every fault."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def table(text):
 
 
 def ask(*command, cwd, **more):
-    """Status and output of a process of its own, that sees this repository and nothing beside it; more: environment."""
+    """Run Python with only this repository on its path; returns status, stdout, stderr. more: environment variables."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | more
     done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -89,8 +89,8 @@ def test_a_sound_machine_has_no_failure_and_takes_less_than_a_minute(tmp_path):
     assert re.match(r"V[12] \w*ModelRunner of vllm[\w.]+model_runner; 56 tensors", rows["vllm load"][1])
     assert re.match(r"\d+ sequences, (padded to|no graph pads them)", rows["vllm padded batch"][1])
     if not torch.cuda.is_available():
-        told = "caches emptied twice; 72 of 72 greedy tokens alike; 11 sequences, no graph pads them"
-        assert rows["vllm sleep, wake"][1].startswith(told)
+        expected = "caches emptied twice; 72 of 72 greedy tokens alike; 11 sequences, no graph pads them"
+        assert rows["vllm sleep, wake"][1].startswith(expected)
         assert rows["vllm greedy"][1] == "72 of 72 greedy tokens alike"  # in bfloat16 some are near ties
         assert max(float(error) for row in ("vllm text", "vllm images") for error in numbers(rows[row][1])) < 1e-3
         for row in ("local pictures", "local M-RoPE", "vllm pictures", "vllm M-RoPE"):
@@ -148,8 +148,8 @@ def test_bfloat16_is_held_to_limits_of_its_own(consult):
 
 
 def test_a_model_folder_is_the_one_that_is_checked(tiny, capsys, consult, monkeypatch):
-    found, load = [], doctor.Patient.load
-    monkeypatch.setattr(doctor.Patient, "load", lambda *args: found.append(load(*args)) or found[-1])
+    found, load = [], doctor.Engines.load
+    monkeypatch.setattr(doctor.Engines, "load", lambda *args: found.append(load(*args)) or found[-1])
     status, rows = consult(str(tiny))
     assert status == 0 and {rows[name] for name in LOCAL} == {"ok"}
     assert found[0].startswith("20.0 M parameters")
@@ -180,8 +180,8 @@ def test_log_probs_that_are_not_the_trainers_fail(consult, monkeypatch):
 
 
 def test_greedy_tokens_may_differ_between_near_equals_only(tmp_path):
-    patient, cfg = doctor.Patient(), doctor.config.load("single", ["model=world:", *doctor.SMALL])
-    patient.load(cfg, "cpu", tmp_path)
+    engines, cfg = doctor.Engines(), doctor.config.load("single", ["model=world:", *doctor.SMALL])
+    engines.load(cfg, "cpu", tmp_path)
 
     class Loose(LocalSampler):
         """Greedy only in name: log-probs are right, and tokens are drawn."""
@@ -189,43 +189,44 @@ def test_greedy_tokens_may_differ_between_near_equals_only(tmp_path):
         def generate(self, prompts, params, seeds):
             return super().generate(prompts, dataclasses.replace(params, temperature=1.0), seeds)
 
-    patient.vllm = LocalSampler(patient.policy)
-    assert patient.speak() == "72 of 72 greedy tokens alike"
-    patient.vllm = Loose(patient.policy)
+    engines.vllm = LocalSampler(engines.policy)
+    assert engines.check_greedy() == "72 of 72 greedy tokens alike"
+    engines.vllm = Loose(engines.policy)
     with pytest.raises(UserError, match=r"less likely by \d\.\de\+00 nats; below 0.005"):
-        patient.speak()
+        engines.check_greedy()
 
 
 @pytest.fixture
-def patient(tmp_path):
-    patient = doctor.Patient()
-    patient.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", tmp_path)
-    return patient
+def engines(tmp_path):
+    engines = doctor.Engines()
+    engines.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", tmp_path)
+    return engines
 
 
 @on_cpu
-def test_a_trainer_that_reads_no_pictures_or_positions_is_noticed(patient, monkeypatch):
+def test_a_trainer_that_reads_no_pictures_or_positions_is_noticed(engines, monkeypatch):
     """Its sampler is as blind, so the two agree."""
-    forward = patient.policy.model.forward
-    assert numbers(patient.pictures("local")) and numbers(patient.positions("local"))
+    forward = engines.policy.model.forward
+    for others in ("other pictures", "flat positions"):
+        assert numbers(engines.check_prompts("local", others))
 
     def one_axis(ids, positions, *args, **options):
         return forward(ids, positions[:1].expand(3, -1), *args, **options)
 
-    monkeypatch.setattr(patient.policy.model, "forward", one_axis)
+    monkeypatch.setattr(engines.policy.model, "forward", one_axis)
     with pytest.raises(UserError, match=r"flat positions move log-probs by 0\.0e\+00, .* above"):
-        patient.positions("local")
-    patient.pictures("local")
+        engines.check_prompts("local", "flat positions")
+    engines.check_prompts("local", "other pictures")
     monkeypatch.undo()
     with torch.no_grad():
-        for p in patient.policy.model.visual.merger.parameters():
+        for p in engines.policy.model.visual.merger.parameters():
             p.zero_()
     with pytest.raises(UserError, match=r"other pictures move log-probs by 0\.0e\+00, .* above"):
-        patient.pictures("local")
+        engines.check_prompts("local", "other pictures")
 
 
 @on_cpu
-def test_a_sampler_that_reads_other_prompts_is_noticed_at_any_precision(patient, monkeypatch):
+def test_a_sampler_that_reads_other_prompts_is_noticed_at_any_precision(engines, monkeypatch):
     generate = LocalSampler.generate
 
     def reading(other):
@@ -238,20 +239,20 @@ def test_a_sampler_that_reads_other_prompts_is_noticed_at_any_precision(patient,
         monkeypatch.setattr(LocalSampler, "generate", astray)
 
     monkeypatch.setitem(doctor.LOGP_LIMIT, torch.float32, 1.0)
-    left, right = patient.halves
-    reading(doctor.flat)
+    left, right = engines.pair
+    reading(doctor.flat_positions)
     with pytest.raises(UserError, match=r"local moves 1\.00 of the way to flat positions; below 0.5"):
-        patient.positions("local")
+        engines.check_prompts("local", "flat positions")
     reading(lambda prompt: left)  # alike for both
     with pytest.raises(UserError, match=r"local moves 1\.00 of the way to other pictures; below 0.5"):
-        patient.pictures("local")
+        engines.check_prompts("local", "other pictures")
 
 
 @on_cpu
-def test_the_batch_is_one_that_cuda_graphs_pad(patient, monkeypatch):
-    patient.vllm, compilation = LocalSampler(patient.policy), SimpleNamespace()
-    patient.vllm.engine = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
-    for sizes, most, told in (
+def test_the_batch_is_one_that_cuda_graphs_pad(engines, monkeypatch):
+    engines.vllm, compilation = LocalSampler(engines.policy), SimpleNamespace()
+    engines.vllm.engine = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
+    for sizes, most, expected in (
         ([1, 2, 4, 8, 16], 16, "9 sequences, padded to 16, log-prob error"),
         ([1, 2, 4], 16, "3 sequences, padded to 4, log-prob error"),
         ([1, 2, 4, 8, 16], 8, "5 sequences, padded to 8, log-prob error"),
@@ -259,19 +260,19 @@ def test_the_batch_is_one_that_cuda_graphs_pad(patient, monkeypatch):
         (None, 4, "4 sequences, no graph pads them, log-prob error"),
     ):
         compilation.cudagraph_capture_sizes = sizes
-        monkeypatch.setattr(patient.policy.cfg.rollout, "max_sequences", most)
-        assert patient.batch().startswith(told)
+        monkeypatch.setattr(engines.cfg.rollout, "max_sequences", most)
+        assert engines.check_padded_batch().startswith(expected)
 
 
 def faults():
-    """Prints what the checks say of one engine, sound and with one fault after the other. In a process of its own."""
+    """Print what the checks say of a correct engine, then of one fault after the other. Runs in a child process."""
     import tempfile
 
-    patient, found = doctor.Patient(), {}
+    engines, found = doctor.Engines(), {}
     with tempfile.TemporaryDirectory() as folder:
-        patient.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", Path(folder))
-        patient.load_vllm()
-    vllm, (left, right) = patient.vllm, patient.halves
+        engines.load(doctor.config.load("single", ["model=world:", *doctor.SMALL]), "cpu", Path(folder))
+        engines.load_vllm()
+    vllm, (left, right) = engines.vllm, engines.pair
     engine, request, wake = vllm.engine, vllm._request, vllm.wake
     model = engine.apply_model(lambda model: [model])[0][0]
     executor, places = engine.model_executor, model.get_mrope_input_positions
@@ -312,27 +313,27 @@ def faults():
             mend()
 
     assert tables
-    say("sound pictures", patient.pictures, "vllm")
-    say("sound positions", patient.positions, "vllm")
-    say("sound sleep", patient.sleep)
+    say("sound pictures", engines.check_prompts, "vllm", "other pictures")
+    say("sound positions", engines.check_prompts, "vllm", "flat positions")
+    say("sound sleep", engines.check_sleep)
     vllm._request = one_picture
-    say("one picture", patient.pictures, "vllm")
+    say("one picture", engines.check_prompts, "vllm", "other pictures")
     vllm._request = request
     for name, order in (("flat", (0, 0, 0)), ("turned", (0, 2, 1))):
         model.get_mrope_input_positions = axes(*order)
-        say(name, patient.positions, "vllm")
+        say(name, engines.check_prompts, "vllm", "flat positions")
     model.get_mrope_input_positions = places
     executor.execute_model = only_large
-    say("large greedy", patient.speak)
-    say("large batch", patient.batch)
+    say("large greedy", engines.check_greedy)
+    say("large batch", engines.check_padded_batch)
     executor.execute_model = execute
     vllm.sleep = lambda: (sleep(), slept.append(1))
     vllm.wake = lambda: (wake(), damage() if len(slept) > 1 else None)
-    say("second sleep", patient.sleep)
+    say("second sleep", engines.check_sleep)
     found["slept"] = len(slept)
     mend()
     vllm.sleep, vllm.wake = sleep, wake
-    say("mended", patient.batch)
+    say("mended", engines.check_padded_batch)
     vllm.close()
     print(json.dumps(found))
 
@@ -348,7 +349,7 @@ def test_an_engine_with_a_fault_fails_the_check_that_looks_for_it():
     assert found["slept"] == 2
 
 
-# On CPUs the ranks of an engine meet in files of one name for all runs on a host, and these outlive a run.
+# On a CPU the ranks of an engine communicate through files in /dev/shm, whose names all runs on a host share.
 OWN_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 
 
@@ -368,7 +369,7 @@ def torchrun(*command, cwd, prefix=()):
 def test_two_ranks_are_examined_with_one_engine_between_them(tmp_path):
     """With an engine each, test_vllm.py has them sample."""
     if not shutil.which("unshare") or subprocess.run([*OWN_SHM, "true"], capture_output=True).returncode:
-        pytest.skip("a folder /dev/shm of its own needs unshare and user namespaces")
+        pytest.skip("a private /dev/shm needs unshare and user namespaces")
     process = torchrun("-m", "nanolmmr1.doctor", "rollout.tensor_parallel=2", cwd=tmp_path, prefix=OWN_SHM)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
@@ -379,27 +380,28 @@ def test_two_ranks_are_examined_with_one_engine_between_them(tmp_path):
 
 TWO = """
 import os
-from nanolmmr1 import dist, doctor
+from nanolmmr1 import doctor
+from nanolmmr1.parallel import dist
 doctor.EXTRAS = {"vllm": "vllm"}
 real = doctor.distributions
 doctor.distributions = lambda name: () if "vllm" in name else real(name=name)
 doctor.check_kernels = lambda *args: None
-own = os.environ["RANK"] == "1"
-score, generate = doctor.Patient.score, doctor.LocalSampler.generate
+faulty = os.environ["RANK"] == "1"
+score, generate = doctor.Engines.trainer_logprobs, doctor.LocalSampler.generate
 
 def lying(self, prompts, *args):
     groups = generate(self, prompts, *args)
-    for r in [r for g in groups if own and len(g.prompt.grid) == 2 for r in g.responses]:
+    for r in [r for g in groups if faulty and len(g.prompt.grid) == 2 for r in g.responses]:
         r.logp -= 0.2
     return groups
 
 def gone(self, groups, prompts=None):
-    if prompts and own:
+    if prompts and faulty:
         raise ValueError("out of luck")
     return score(self, groups, prompts)
 
 doctor.LocalSampler.generate = lying
-doctor.Patient.score = gone
+doctor.Engines.trainer_logprobs = gone
 doctor.TIMEOUT_S = 15.0
 dist.leave(doctor.main([]))
 """
@@ -421,7 +423,7 @@ def test_a_fault_of_one_rank_is_shown_and_its_end_is_no_hang(tmp_path):
 
 def test_nan_is_not_within_limits():
     with pytest.raises(UserError, match="nan; below 1 is right"):
-        doctor.within(float("nan"), 1.0, "nan")
+        doctor.require_below(float("nan"), 1.0, "nan")
 
 
 @on_cpu

@@ -22,7 +22,7 @@ from nanolmmr1.schema import Reward
 ROOT = Path(__file__).resolve().parents[1]
 ASK = """
 import json, sys
-from nanolmmr1.reward import Judge
+from nanolmmr1.reward.judge import Judge
 from nanolmmr1.schema import Reward
 if __name__ == "__main__":
     with Judge(Reward(workers=1, **json.loads(sys.argv[1]))) as judge:
@@ -163,8 +163,8 @@ def test_signals_of_a_terminal_do_not_reach_judges(tmp_path, number):
         assert os.getpgid(0) not in groups and len(groups) == 2
 
 
-TRAINER = (  # says who its judging process and the child of that are, then waits
-    "import sys\nfrom nanolmmr1.reward import Judge\nfrom nanolmmr1.schema import Reward\n"
+TRAINER = (  # prints the ids of its worker process and of that one's child, then waits
+    "import sys\nfrom nanolmmr1.reward.judge import Judge\nfrom nanolmmr1.schema import Reward\n"
     "judge = Judge(Reward(workers=1))\njudge.score([('<answer>x+1</answer>', {'answer': '1+y'})])\n"
     "worker = judge.workers.idle[0]\n"
     "print(worker.process.pid, worker.child[0], flush=True)\nsys.stdin.read()\n"
@@ -251,7 +251,7 @@ def test_too_large_an_answer_earns_only_as_the_same_text():
 def test_most_hostile_answers_cost_no_process_anything():
     texts = [final_answer(f"<answer>{text}</answer>") for text in hostile()]
     caught = [text for text in texts if too_large(text, rules._is_prose(text))]
-    print(f"{len(caught)} of {len(texts)} are told by their size")
+    print(f"{len(caught)} of {len(texts)} are recognized by their size")
     assert len(caught) > 0.8 * len(texts) > 80 and str(N) in texts[0]
 
 

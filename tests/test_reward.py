@@ -14,7 +14,14 @@ import pytest
 from nanolmmr1.errors import UserError
 from nanolmmr1.reward import rules
 from nanolmmr1.reward.judge import Judge, RewardError
-from nanolmmr1.reward.rules import accuracy_reward, check_format, format_reward, last_boxed
+from nanolmmr1.reward.rules import (
+    check_format,
+    final_answer,
+    format_reward,
+    last_boxed,
+    mathematical_accuracy,
+    plain_accuracy,
+)
 from nanolmmr1.schema import Reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +43,13 @@ def functions(tmp_path, source, *names, **options):
     path = tmp_path / "rewards.py"
     path.write_text(source)
     return Judge(Reward(functions={f"{path}:{name}": 2.0 for name in names}, workers=1, **options))
+
+
+def accuracy_reward(response, gold):
+    """The accuracy reward without a worker."""
+    answer, gold = final_answer(response), final_answer(gold)
+    decided = plain_accuracy(answer, gold)
+    return mathematical_accuracy(answer, gold) if decided is None else decided
 
 
 def rows_of(name):
@@ -265,7 +279,8 @@ def test_workers_that_died_between_judgements_are_replaced(victims):
 def test_a_judgement_that_wants_too_much_memory_is_stopped():
     if sys.platform != "linux":
         pytest.skip("only Linux tells a process how much it has mapped")
-    code = "from nanolmmr1.judge import judge; print(judge(lambda text, rule: len(bytearray(int(text))), {!r}, ''))"
+    code = ("from nanolmmr1.reward.worker import apply_rule; "
+            "print(apply_rule(lambda text, _: len(bytearray(int(text))), {!r}, ''))")
     small, large = (subprocess.run([sys.executable, "-c", code.format(size)], cwd=ROOT, capture_output=True, text=True)
                     for size in ("1000000", str(3 << 30)))
     assert "'value': 1000000" in small.stdout
@@ -291,7 +306,7 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path, response):
     parent = subprocess.Popen([sys.executable, "-c", f"""
 import sys
 from nanolmmr1.schema import Reward
-from nanolmmr1.reward import Judge
+from nanolmmr1.reward.judge import Judge
 judge = Judge(Reward(workers=1, timeout_s=1.0, functions={{"{tmp_path}/rewards.py:f": 1.0}}))
 judge.score([({response!r}, {ROW!r})])
 sys.stdin.read()

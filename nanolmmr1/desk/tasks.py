@@ -1,19 +1,29 @@
-"""Rows of the desk world: three-digit sums in words, and the same with two digits in handwriting."""
+"""Rows of the desk recipe: sums of three digits as text, and the same with two digits as an image of handwriting.
+
+Next: ../doctor.py, a check of this machine.
+"""
 
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-CELL = 28  # pixels a digit, which is one image token
-NUM_PICTURES = {"train": 4000, "test": 300}
+CELL = 28  # side of a digit in pixels, which is one image token
+NUM_IMAGES = {"train": 4000, "test": 300}
 NUM_TEXTS = {"test": 300}
-PAPER = np.array([122.8, 116.7, 104.1])
-HELD_OUT = 0.15  # share of triples and of writings that only held-out rows use
+PAPER = np.array([122.8, 116.7, 104.1])  # the processor's mean colour
+HELD_OUT = 0.15  # fraction of triples and of handwriting that only held-out rows use
+
+Row = dict[str, Any]
+RowsByName = dict[str, list[Row]]  # by {text,image}_{train,test}
+Triple = tuple[int, int, int]  # a, b, c of a sum
+Digits = dict[int, list[np.ndarray]]  # digit -> (8, 8) uint8 images
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-OPERATIONS = {  # name -> text problem, picture problem, working
+OPERATIONS = {  # name -> problem of text rows, problem of image rows, steps
     "sum": (
         "What is {a} + {b} + {c}?",
         "Add the two digits in the picture and {c}.",
@@ -27,43 +37,43 @@ OPERATIONS = {  # name -> text problem, picture problem, working
 }
 
 
-def write_rows(folder, seed):
-    """Draw the pictures into folder/images; returns {"{text,image}_{train,test}": rows}.
+def write_rows(folder: Path, seed: int) -> RowsByName:
+    """Draw the images into folder/images and return all rows.
 
-    The split is fixed, so that runs with different seeds answer the same questions; the seed
-    chooses the training pictures.
+    The split is fixed, so that runs with different seeds are tested on the same rows. The seed chooses the training
+    images.
     """
     triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
     random.Random(0).shuffle(triples)
     cut = int(len(triples) * HELD_OUT)
     split = {"test": triples[:cut], "train": triples[cut:]}
-    writings = _writings()
+    handwriting = _handwriting()
     (folder / "images").mkdir()
-    rows = {}
+    rows: RowsByName = {}
     for part, chosen in split.items():
         rng = random.Random(f"{part} {seed if part == 'train' else 0}")
-        texts = [_text_row(op, *triple) for triple in chosen for op in OPERATIONS]
+        texts = [_text_row(operation, triple) for triple in chosen for operation in OPERATIONS]
         rng.shuffle(texts)
         rows[f"text_{part}"] = texts[: NUM_TEXTS.get(part)]
         rows[f"image_{part}"] = [
-            _image_row(folder, f"{part}_{i}", rng.choice(list(OPERATIONS)), *rng.choice(chosen), writings[part], rng)
-            for i in range(NUM_PICTURES[part])
+            _image_row(folder, f"{part}_{i}", rng.choice(list(OPERATIONS)), rng.choice(chosen), handwriting[part], rng)
+            for i in range(NUM_IMAGES[part])
         ]
     return rows
 
 
-def worked(row):
-    """The answer of a row, worked out, in the format that the recipe rewards."""
+def worked(row: Row) -> str:
+    """A response with the row's steps and answer, in the format that the recipe rewards."""
     return f"<think>{row['steps']}</think><answer>{row['answer']}</answer>"
 
 
-def guessed(rng):
-    """Any answer, in the same format."""
+def guessed(rng: random.Random) -> str:
+    """A response with a random answer, in the same format."""
     return f"<think>guess</think><answer>{rng.randrange(90)}</answer>"
 
 
-def _writings():
-    """part -> digit -> [(8, 8) uint8 array]"""
+def _handwriting() -> dict[str, Digits]:
+    """The images of "train" and "test"."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     cut = int(len(order) * HELD_OUT)
@@ -74,24 +84,26 @@ def _writings():
     }
 
 
-def _fields(operation, a, b, c):
-    """What a row of this operation on a, b, c says, whether in words or with a picture."""
+def _fields(operation: str, a: int, b: int, c: int) -> tuple[str, str, Row]:
+    """Problem of the text row, problem of the image row, and the columns that both share."""
     ab = a + b if operation == "sum" else a * b
-    text, picture, steps = (t.format(a=a, b=b, c=c, ab=ab, result=ab + c) for t in OPERATIONS[operation])
-    return text, picture, {"answer": str(ab + c), "task": operation, "steps": steps}
+    text, image, steps = (t.format(a=a, b=b, c=c, ab=ab, result=ab + c) for t in OPERATIONS[operation])
+    return text, image, {"answer": str(ab + c), "task": operation, "steps": steps}
 
 
-def _text_row(operation, a, b, c):
-    problem, _, facts = _fields(operation, a, b, c)
-    return {"problem": problem, "images": [], **facts}
+def _text_row(operation: str, triple: Triple) -> Row:
+    problem, _, shared = _fields(operation, *triple)
+    return {"problem": problem, "images": [], **shared}
 
 
-def _image_row(folder, name, operation, a, b, c, writings, rng):
-    _, problem, facts = _fields(operation, a, b, c)
-    canvas = np.concatenate([rng.choice(writings[digit]) for digit in (a, b)], 1)  # (8, 16)
+def _image_row(folder: Path, name: str, operation: str, triple: Triple, handwriting: Digits, rng: random.Random) -> Row:
+    _, problem, shared = _fields(operation, *triple)
+    a, b, _ = triple
+    canvas = np.concatenate([rng.choice(handwriting[digit]) for digit in (a, b)], 1)  # (8, 16)
     ink = np.asarray(Image.fromarray(canvas).resize((2 * CELL, CELL), Image.Resampling.BICUBIC))  # (28, 56)
-    # White on the processor's mean colour: paper is then zero to the model, and only ink has to be learnt.
-    picture = Image.fromarray((PAPER + (255 - PAPER) * (ink[..., None] / 255)).round().astype(np.uint8))
+    # White on the processor's mean colour: the model sees paper as zero and only has to learn the ink.
+    image = Image.fromarray((PAPER + (255 - PAPER) * (ink[..., None] / 255)).round().astype(np.uint8))
     path = f"images/{name}.png"
-    picture.save(folder / path)
-    return {"problem": "<image>" + problem, "images": [path], "caption": f"{WORDS[a]} and {WORDS[b]}", **facts}
+    image.save(folder / path)
+    caption = f"{WORDS[a]} and {WORDS[b]}"
+    return {"problem": "<image>" + problem, "images": [path], "caption": caption, **shared}

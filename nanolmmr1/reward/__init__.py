@@ -1,5 +1,5 @@
-"""Rewards: rules that score a response, and the worker processes in which untrusted text is evaluated.
+"""Rewards: rules that score a response, and worker processes for untrusted text.
 
-The room imports errors.py alone, and never torch: a worker starts fast and holds no model.
-Begin with rules.py; judge.py asks workers, worker.py is what runs in one.
+The room imports errors.py and schema.py only, and never torch, so a worker starts fast.
+Begin with rules.py. judge.py is the trainer's side of the workers, worker.py the code of a worker process.
 """

@@ -1,16 +1,18 @@
-r"""How large is the mathematics of an answer? Told from its text in linear time, before any of it is computed.
+r"""Size of the mathematics in an answer, estimated from its text in linear time before anything is computed.
 
-A model sooner or later answers 9^{9^{9^9}}, and sympy would compute it. `too_large` bounds what a text asks for: the
-digits of its numbers, the terms of its sums once multiplied out, its depth and its length. Answers and golds of
-competitions stay far below the limits: 2^{2023}, 10^{100}, 100!, \binom{100}{50}, \sum_{k=1}^{100} k.
+Sooner or later a model answers 9^{9^{9^9}}, and sympy would compute it. `too_large` limits the digits of numbers, the
+terms of multiplied-out sums, nesting depth and length. Answers of competitions stay far below the limits: 2^{2023},
+10^{100}, 100!, \binom{100}{50}, \sum_{k=1}^{100} k.
+
+Next: judge.py, worker processes, from the trainer's side.
 """
 
 import math
 import re
 from typing import NamedTuple
 
-MAX_DIGITS = 12_000  # of a number, computed
-MAX_TERMS = 300  # of a sum of symbols or roots, multiplied out
+MAX_DIGITS = 12_000  # of a computed number
+MAX_TERMS = 300  # of a multiplied-out sum of symbols or roots
 MAX_EXPONENT = 10_000  # also the last index of a sum or product
 MAX_FACTORIAL = 3_000
 MAX_DEPTH = 20
@@ -23,35 +25,35 @@ _OPEN, _CLOSE = {"(": 1, "[": 1, "{": 1, r"\{": 1}, {")", "]", "}", r"\}"}
 _LAYOUT = {r"\left", r"\right", r"\big", r"\Big", r"\displaystyle", r"\,", r"\;", r"\!", r"\ ", r"\limits"}
 _ARGUMENTS = {r"\frac": 2, r"\dfrac": 2, r"\tfrac": 2, r"\cfrac": 2, r"\binom": 2, r"\dbinom": 2, r"\tbinom": 2,
               r"\Gamma": 1}  # fmt: skip
-_ONCE = {r"\sum", r"\prod"}  # one within another takes a product of steps
-_NEVER = {r"\int", r"\iint", r"\iiint", r"\oint", r"\lim", r"\uparrow"}  # nobody can say how long these take
+_LOOPS = {r"\sum", r"\prod"}  # at most one: nested loops take a product of steps
+_UNBOUNDED = {r"\int", r"\iint", r"\iiint", r"\oint", r"\lim", r"\uparrow"}  # their cost cannot be estimated
 
 
 class TooLarge(Exception):
-    """The text asks for more than a limit."""
+    """A limit is exceeded."""
 
 
 class _Size(NamedTuple):
-    """Bounds on a value: digits before or after the point; terms of symbols and roots, 0 for a number."""
+    """Bounds on a value."""
 
-    digits: float = 0.0
-    terms: int = 0
+    digits: float = 0.0  # before or after the decimal point
+    terms: int = 0  # of symbols and roots; 0 for a number
 
 
-def too_large(text, prose=False):
-    """Whether computing with a text (LaTeX or plain) may take more time or memory than any sensible answer does.
+def too_large(text: str, prose: bool = False) -> bool:
+    """Whether a text (LaTeX or plain) takes more time or memory to compute than any sensible answer.
 
     Args:
-        prose: it is a sentence, of which only parts are mathematics.
+        prose: it is a sentence, and only parts of it are mathematics.
     """
     tokens = [match[0] for match in _TOKEN.finditer(text)]
     tokens = [token for token in tokens if token not in _LAYOUT]
-    loops = sum(token in _ONCE for token in tokens)
-    if len(tokens) > (MAX_PROSE_TOKENS if prose else MAX_TOKENS) or loops > 1 or not _NEVER.isdisjoint(tokens):
+    loops = sum(token in _LOOPS for token in tokens)
+    if len(tokens) > (MAX_PROSE_TOKENS if prose else MAX_TOKENS) or loops > 1 or not _UNBOUNDED.isdisjoint(tokens):
         return True
     try:
         reader = _Reader(tokens)
-        while reader.at < len(tokens):  # a closing bracket too many ends a group
+        while reader.at < len(tokens):  # an unmatched closing bracket ends a group
             reader.group(0)
             reader.at += 1
     except TooLarge:
@@ -60,16 +62,21 @@ def too_large(text, prose=False):
 
 
 class _Reader:
-    """Reads tokens from left to right; every method returns a _Size and leaves `at` behind what it has read."""
+    """Recursive-descent parser; every method returns the size of an expression and moves `at` behind it.
 
-    def __init__(self, tokens):
+    All of them raise TooLarge.
+    """
+
+    def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.at = tokens, 0
 
-    def group(self, depth):
-        """Until a closing bracket: sums of products of powers."""
+    def group(self, depth: int) -> _Size:
+        """Sums of products of powers, up to a closing bracket."""
         if depth > MAX_DEPTH:
             raise TooLarge
-        total = product = last = None
+        total: _Size | None = None
+        product: _Size | None = None
+        last: _Size | None = None
         while self.at < len(self.tokens) and self.tokens[self.at] not in _CLOSE:
             token = self.tokens[self.at]
             if token in "+-=<>,;&|" or token in (r"\pm", r"\mp", r"\\", r"\cup", r"\cap"):
@@ -85,8 +92,8 @@ class _Reader:
                 product, last = _product(product, last), self.atom(depth)
         return _sum(total, product, last) or _Size()
 
-    def exponent(self, depth):
-        """An atom, with signs before it, and what it is itself raised to."""
+    def exponent(self, depth: int) -> _Size:
+        """An atom with signs before it and an exponent after it."""
         while self.at < len(self.tokens) and self.tokens[self.at] in "+-":
             self.at += 1
         size = self.atom(depth)
@@ -97,7 +104,7 @@ class _Reader:
             size = _power(size, self.exponent(depth + 1))
         return size
 
-    def atom(self, depth):
+    def atom(self, depth: int) -> _Size:
         """A number, a name, a group or a command with its arguments."""
         if self.at >= len(self.tokens) or self.tokens[self.at] in _CLOSE:
             return _Size()
@@ -118,7 +125,7 @@ class _Reader:
         return _Size(0.0, 1) if token[0] == "\\" or token[0].isalpha() else _Size()
 
 
-def _number(token):
+def _number(token: str) -> _Size:
     mantissa, _, exponent = token.lower().partition("e")
     if len(exponent) > 6:
         raise TooLarge
@@ -128,14 +135,14 @@ def _number(token):
     return _checked(_Size(max(lead, len(fraction)) + abs(int(exponent or 0)), 0))
 
 
-def _checked(size):
+def _checked(size: _Size) -> _Size:
     if size.digits > MAX_DIGITS or size.terms > MAX_TERMS:
         raise TooLarge
     return size
 
 
-def _sum(total, product, last):
-    """`total` and the term product * last; None is nothing."""
+def _sum(total: _Size | None, product: _Size | None, last: _Size | None) -> _Size | None:
+    """total + product * last; None stands for no operand."""
     term = _product(product, last)
     if total is None or term is None:
         return total or term
@@ -143,13 +150,13 @@ def _sum(total, product, last):
     return _checked(_Size(max(total.digits, term.digits), terms))
 
 
-def _product(a, b):
+def _product(a: _Size | None, b: _Size | None) -> _Size | None:
     if a is None or b is None:
         return a or b
     return _checked(_Size(a.digits + b.digits, max(a.terms, 1) * max(b.terms, 1) if a.terms or b.terms else 0))
 
 
-def _power(base, exponent):
+def _power(base: _Size, exponent: _Size) -> _Size:
     if exponent.digits > math.log10(MAX_EXPONENT) + 1e-9:
         raise TooLarge
     n = math.ceil(10**exponent.digits - 1e-6)
@@ -157,7 +164,7 @@ def _power(base, exponent):
     return _checked(_Size(base.digits * n, terms))
 
 
-def _factorial(size):
+def _factorial(size: _Size) -> _Size:
     if size.digits > math.log10(MAX_FACTORIAL):
         raise TooLarge
     return _checked(_Size(math.lgamma(10**size.digits + 1) / math.log(10), size.terms))

@@ -1,14 +1,13 @@
-"""Scores responses: the easy ones here, the rest in worker processes that can be killed.
+"""The judge: scores responses, and sends slow or harmful work to worker processes.
 
-Only in a worker does untrusted text meet sympy, the recipe's regular expressions and the user's reward functions. A
-worker runs this package, what is installed, and the user's files: nothing of the current folder, and no secret of the
-environment. A built-in judgement has a limit of CPU time, so that a busy machine changes no verdict, and may take
-2 GiB; a user function has a deadline. Both end when the trainer is gone.
+Untrusted text meets sympy, the recipe's regular expressions and the user's reward functions only in a worker process.
+A worker imports this package, installed libraries and the user's files, and nothing from the current folder. Its
+environment holds no secrets. A built-in rule has a limit of CPU time, so that a busy host changes no verdict, and may
+use 2 GiB of memory. A user function has a deadline. Workers end when the trainer ends.
 
-The two ends speak JSON, one line a message, over the process's stdin and stdout. Each child begins by saying who it is:
-{"child": process id, "signal": what killed the one before it, "error": why it cannot start}.
+Calls: Judge.score, in threads Workers.ask, Worker.ask; and in the worker process worker.serve.
 
-Next: worker.py, the other end.
+Next: worker.py, inside a worker process.
 """
 
 import contextlib
@@ -16,32 +15,35 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 
+from nanolmmr1 import schema
 from nanolmmr1.errors import UserError
 from nanolmmr1.reward.rules import FORMATS, check_format, final_answer, format_reward, is_too_large, plain_accuracy
+from nanolmmr1.reward.worker import Call, Message, Question
 
-CACHE_SIZE = 8192
-START_S = 120.0  # to import sympy and the user's files, perhaps from a cold network disk
-PAUSE_S = 0.5  # between two looks at whether to go on waiting
-WALL = 10  # seconds of the clock that a built-in judgement has for each of CPU time, at least as many in all
+CACHE_SIZE = 8192  # verdicts
+START_S = 120.0  # to import sympy and the user's files, perhaps from a slow network disk
+PAUSE_S = 0.5  # between two calls of Workers.between
+WALL = 10  # a built-in rule has this many seconds of wall time per second of CPU time, and at least this many in all
 MOST_WORKERS = 16
 PACKAGE = Path(__file__).resolve().parents[1]
-# What a process needs of the environment. Neither tokens, keys and proxies nor PYTHON* are among it.
+# Variables that a worker inherits. Tokens, keys, proxies and PYTHON* are not among them.
 ENVIRONMENT = {
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT",
     "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
     "OPENBLAS_CORETYPE", "XDG_CACHE_HOME",
 }  # fmt: skip
-# The package is loaded from its own files, whatever else has its name, and without the folder around it on the path.
-# Libraries of the trainer's path come last, so that they hide neither the standard library nor what is installed.
+# Loads this package from its own files, even if another one has its name, and keeps its parent folder off the path.
+# Libraries of the trainer's path come last, so that they hide neither the standard library nor installed packages.
 START = """
 import importlib.util, json, sys
 package, libraries, *arguments = sys.argv[1:]
@@ -53,41 +55,40 @@ sys.path += [path for path in json.loads(libraries) if path not in sys.path]
 from nanolmmr1.reward.worker import main
 main(*arguments)
 """
-
-
-def environment(names=()):
-    """The environment of a judging process, with the variables that the recipe names for its functions.
-
-    Raises:
-        UserError: one of these is not set.
-    """
-    if absent := [name for name in names if name not in os.environ]:
-        raise UserError(f"reward.env: the environment has no variable {', '.join(absent)}: set it, or leave it out")
-    kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("LC_")}
-    # A fixed hash seed fixes the order in which sympy visits terms: every process gives the same verdict.
-    return kept | {name: os.environ[name] for name in names} | {"PYTHONHASHSEED": "0"}
-
-
-def libraries():
-    """The trainer's import path, less the current folder and the checkout's root."""
-    left_out = {os.path.realpath(path) for path in (os.curdir, PACKAGE.parent)}
-    return [path for path in sys.path if os.path.isabs(path) and os.path.realpath(path) not in left_out]
+Row = dict[str, Any]  # JSON-able, with the gold `answer`
+Result = TypeVar("Result")
+Request = TypeVar("Request", Question, Call)
 
 
 class RewardError(UserError):
-    """A user's reward function failed: the message names function, row and line."""
+    """A user's reward function failed; the message names function, row and line."""
+
+
+class WorkerDied(Exception):
+    """A worker process, or its child, ended by itself."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status  # exit status; negative: number of the signal that killed it
+
+
+class Verdict(NamedTuple):
+    """The answer to a Question."""
+
+    score: float
+    timeout: int  # 1 if the rule was killed on its deadline or exceeded its memory; then the score is 0
 
 
 class Judge:
-    """Scores responses. Its worker processes start when first needed; close it, or use it as a context manager.
+    """Scores responses. Use it as a context manager or close it; worker processes start when first needed."""
 
-    By written rule a built-in judgement that is killed on the deadline, or runs out of memory, scores 0 with timeout 1;
-    like every built-in verdict that took a worker, this one is remembered.
-    """
+    cfg: schema.Reward
+    functions: dict[str, tuple[str, float]]  # name -> "absolute path:name", weight
+    workers: "Workers"
+    cache: dict[Question, Verdict]  # of questions that a worker answered, least recently used first
 
-    def __init__(self, cfg):
-        self.cfg = cfg
-        self.functions = {}  # name -> (absolute path:name, weight)
+    def __init__(self, cfg: schema.Reward) -> None:
+        self.cfg, self.functions, self.cache = cfg, {}, {}
         for spec, weight in cfg.functions.items():
             path, _, name = spec.rpartition(":")
             if not path or not name.isidentifier():
@@ -98,231 +99,277 @@ class Judge:
                 raise UserError(f"reward.functions: the name {name!r} of {spec} is taken; rename the function")
             self.functions[name] = (f"{os.path.realpath(os.path.expanduser(path))}:{name}", float(weight))
         self.workers = Workers(cfg, [spec for spec, _ in self.functions.values()])
-        self._known = OrderedDict()  # question -> (score, killed), least recently used first
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
-        """Ends the workers. A later judgement starts others."""
+    def close(self) -> None:
+        """End the worker processes. A later call starts new ones."""
         self.workers.close()
 
-    def check(self, rows):
-        """A start-up test: the format is usable, and every user function loads and scores the first row's gold answer.
+    def check(self, rows: Sequence[Row]) -> None:
+        """Test at start-up: the format is valid, and every user function loads and scores the first row's gold answer.
 
         Raises:
-            UserError: what is wrong, and where.
+            UserError: the error and its place.
         """
         check_format(self.cfg.format)
         self._call_functions([(row["answer"], row) for row in rows[:1]])
 
-    def gold_answers_ok(self, rows):
-        """[bool]: does each row's gold answer, given as the response, earn the accuracy reward? If not, nothing can.
+    def gold_answers_ok(self, rows: Sequence[Row]) -> list[bool]:
+        """Whether each row's gold answer, given as the response, earns the accuracy reward. If not, no answer can.
 
-        One that is too large to compute does not: only its own text could.
+        False too for gold that is too large to compute: only the same text would be right.
         """
-        golds = [row["answer"] for row in rows]
-        questions = [("accuracy", final_answer(f"<answer>{gold}</answer>"), final_answer(gold)) for gold in golds]
-        scores = self._scores(questions)
-        return [scores[question][0] == 1.0 and not is_too_large(question[2]) for question in questions]
+        questions = [_accuracy_question(f"<answer>{row['answer']}</answer>", row) for row in rows]
+        verdicts = self._verdicts(questions)
+        return [verdicts[question].score == 1.0 and not is_too_large(question.expected) for question in questions]
 
-    def score(self, pairs):
-        """Judges [(response, row)]; a row is a JSON-able dict with `answer`.
+    def score(self, pairs: Sequence[tuple[str, Row]]) -> list[dict[str, float]]:
+        """Score responses.
 
-        Returns a dict for each: overall (the weighted sum), format, accuracy, every user function by its name (and
-        what else it logs as name/part), timeout (1: a built-in judgement was killed).
+        Args:
+            pairs: (response, row)
+
+        Returns:
+            Per pair: overall (the weighted sum), format, accuracy, the value of every user function by its name (and
+            further numbers as name/part), timeout (1 if a built-in rule was killed, which scores 0).
 
         Raises:
-            RewardError: a user function raised, returned no finite number, or missed the deadline.
+            RewardError: a user function raised, returned no finite number or missed the deadline.
         """
-        forms = [("format", response, self.cfg.format) for response, _ in pairs]
-        answers = [("accuracy", final_answer(response), final_answer(row["answer"])) for response, row in pairs]
-        scores = self._scores(forms + answers)
-        results = []
-        for form, answer, extra in zip(forms, answers, self._call_functions(pairs), strict=True):
-            (form_score, form_killed), (accuracy, accuracy_killed) = scores[form], scores[answer]
-            overall = self.cfg.format_weight * form_score + self.cfg.accuracy_weight * accuracy
-            overall += sum(weight * extra[name] for name, (_, weight) in self.functions.items())
-            results.append({"overall": overall, "format": form_score, "accuracy": accuracy, **extra,
-                            "timeout": max(form_killed, accuracy_killed)})
-        return results
+        formats = [Question("format", response, self.cfg.format) for response, _ in pairs]
+        answers = [_accuracy_question(response, row) for response, row in pairs]
+        verdicts = self._verdicts(formats + answers)
+        judgements = []
+        for format_question, answer_question, values in zip(formats, answers, self._call_functions(pairs), strict=True):
+            format, accuracy = verdicts[format_question], verdicts[answer_question]
+            overall = self.cfg.format_weight * format.score + self.cfg.accuracy_weight * accuracy.score
+            overall += sum(weight * values[name] for name, (_, weight) in self.functions.items())
+            scores = {"overall": overall, "format": format.score, "accuracy": accuracy.score, **values}
+            judgements.append(scores | {"timeout": max(format.timeout, accuracy.timeout)})
+        return judgements
 
-    def _scores(self, questions):
-        """{question: (score, killed)}. Equal questions are worked out once, the easy ones right here."""
-        scores, hard = {}, []
+    def _verdicts(self, questions: Iterable[Question]) -> dict[Question, Verdict]:
+        """Decide easy questions here; look others up in the cache, or ask the workers. Equal ones are asked once."""
+        verdicts: dict[Question, Verdict] = {}
+        hard = []
         for question in dict.fromkeys(questions):
-            kind, text, rule = question
-            if kind == "accuracy":
-                easy = plain_accuracy(text, rule)
+            rule, text, expected = question
+            if rule == "accuracy":
+                score = plain_accuracy(text, expected)
             else:
-                easy = format_reward(text, rule) if rule in FORMATS else None
-            if easy is not None:
-                scores[question] = easy, 0
-            elif question in self._known:
-                self._known.move_to_end(question)
-                scores[question] = self._known[question]
+                score = format_reward(text, expected) if expected in FORMATS else None
+            if score is not None:
+                verdicts[question] = Verdict(score, 0)
+            elif question in self.cache:
+                verdicts[question] = self.cache[question] = self.cache.pop(question)  # now most recently used
             else:
                 hard.append(question)
-        for question, verdict in zip(hard, self.workers.map(self._rule, hard), strict=True):
-            scores[question] = self._known[question] = verdict
-        while len(self._known) > CACHE_SIZE:
-            self._known.popitem(last=False)
-        return scores
+        for question, verdict in zip(hard, self.workers.map(self._ask_worker, hard), strict=True):
+            verdicts[question] = self.cache[question] = verdict
+        while len(self.cache) > CACHE_SIZE:
+            del self.cache[next(iter(self.cache))]
+        return verdicts
 
-    def _rule(self, question):
-        reply = self.workers.ask(question)
-        if reply.get("status", 0) > 0:  # not a signal's doing: it crashed
-            raise RuntimeError(f"a judging process failed on {question[0]}; its traceback stands above")
-        return (reply["value"], 0) if "value" in reply else (0.0, 1)
+    def _ask_worker(self, question: Question) -> Verdict:
+        try:
+            reply = self.workers.ask(question)
+        except WorkerDied as death:
+            if death.status > 0:  # a crash, not a signal
+                text = f"a judging process failed on {question.rule}; its traceback stands above"
+                raise RuntimeError(text) from death
+            reply = {}
+        return Verdict(reply["value"], 0) if "value" in reply else Verdict(0.0, 1)
 
-    def _call_functions(self, pairs):
-        """One dict a pair: {function: value, function/part: value}."""
-        calls = [("function", spec, response, row) for response, row in pairs for spec, _ in self.functions.values()]
-        values = iter(self.workers.map(self._call, calls))
-        return [{key: value for _ in self.functions for key, value in next(values).items()} for _ in pairs]
+    def _call_functions(self, pairs: Sequence[tuple[str, Row]]) -> list[dict[str, float]]:
+        """{function: value, function/part: value} per pair."""
+        specs = [spec for spec, _ in self.functions.values()]
+        calls = [Call(spec, response, row) for response, row in pairs for spec in specs]
+        values = iter(self.workers.map(self._call_function, calls))
+        return [{name: value for _ in specs for name, value in next(values).items()} for _ in pairs]
 
-    def _call(self, call):
-        reply = self.workers.ask(call)
+    def _call_function(self, call: Call) -> dict[str, float]:
+        try:
+            reply = self.workers.ask(call)
+        except WorkerDied as death:
+            reply = {"error": f"it ended its process, status {death.status}"}
         if "value" in reply:
             return reply["value"]
-        _, spec, _, row = call
-        where = row.get("id") or row.get("problem", "")[:60]
-        why = reply.get("error", f"it did not return within reward.timeout_s={self.cfg.timeout_s:g}")
-        if "status" in reply:
-            why = f"it ended its process, status {reply['status']}"
-        raise RewardError(f"reward function {spec} failed on row {where!r}: {why}")
+        row = call.row.get("id") or call.row.get("problem", "")[:60]
+        error = reply.get("error", f"it did not return within reward.timeout_s={self.cfg.timeout_s:g}")
+        raise RewardError(f"reward function {call.function} failed on row {row!r}: {error}")
+
+
+def _accuracy_question(response: str, row: Row) -> Question:
+    return Question("accuracy", final_answer(response), final_answer(row["answer"]))
 
 
 class Workers:
-    """Judging processes, started when needed; the functions ("file.py:name") are loaded into each.
+    """A pool of worker processes, started when needed.
 
     Args:
-        cfg: schema.Reward. functions: as above.
+        functions: path/to/file.py:function each, loaded by every worker.
     """
 
-    def __init__(self, cfg, functions):
+    count: int  # most workers that run at the same time
+    idle: "list[Worker]"
+    between: Callable[[], None]  # called every PAUSE_S seconds while `map` waits; may raise to end it
+
+    def __init__(self, cfg: schema.Reward, functions: Sequence[str]) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.count = cfg.workers or max(1, min(MOST_WORKERS, cores // ranks))
         self.cfg, self.functions, self.idle = cfg, functions, []
-        self.between = lambda: None  # called while judgements are waited for; may raise, which ends the waiting
-        environment(cfg.env)  # whether it can be had
+        self.between = lambda: None
+        environment(cfg.env)  # raises now rather than when the first worker starts
 
-    def close(self):
-        """Kills those that are not at work."""
+    def close(self) -> None:
+        """Kill the idle workers."""
         while self.idle:
             self.idle.pop().kill()
 
-    def map(self, function, requests):
-        """[function(request)], so many at a time as there may be workers. A failure cancels what has not begun."""
+    def map(self, function: Callable[[Request], Result], requests: Iterable[Request]) -> list[Result]:
+        """[function(request)], in `count` threads. The first failure is raised and cancels pending requests."""
         with ThreadPoolExecutor(self.count) as pool:
             futures = [pool.submit(function, request) for request in requests]
             try:
                 while (waiting := wait(futures, PAUSE_S, FIRST_EXCEPTION)).not_done:
                     for future in waiting.done:
-                        future.result()  # the first failure is all that will be told
+                        future.result()
                     self.between()
                 return [future.result() for future in futures]
             finally:
                 for future in futures:
                     future.cancel()
 
-    def ask(self, request):
-        """The reply; {} if the judgement was killed for its time; {"status": exit status} if two died of themselves."""
+    def ask(self, request: Question | Call) -> Message:
+        """The reply of an idle or new worker; {} if the child was killed for its time.
+
+        Raises:
+            WorkerDied: two workers ended by themselves on this request.
+        """
         try:
             worker = self.idle.pop()
         except IndexError:
             worker = Worker(self.cfg, self.functions)
-        reply = worker.ask(request)
-        if reply is None:  # it may have died long ago, of something else
-            worker.kill()
+        try:
+            reply = worker.ask(request)
+        except WorkerDied:  # perhaps long ago and for another reason: retry
             worker = Worker(self.cfg, self.functions)
             reply = worker.ask(request)
-        if reply is None:
-            worker.kill()
-            return {"status": worker.status}
         self.idle.append(worker)
         return reply
 
 
 class Worker:
-    """One judging process. Ready when constructed; dead after `kill`, which garbage collection and exit do as well.
+    """One worker process, ready when constructed. `kill`, garbage collection and exit of the trainer end it.
 
-    Attributes:
-        child: id of the process that answers. status: exit status of the last one that ended of itself.
+    Raises:
+        UserError: a user function cannot be loaded, or the process does not start.
     """
 
-    def __init__(self, cfg, functions):
-        self.cfg, self.status = cfg, None
-        python = [sys.executable, "-P", "-s", "-B"]  # -B: no __pycache__ beside the user's files
-        command = [*python, "-c", START, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s), str(cfg.verify_s),
-                   *functions]  # fmt: skip
-        self.process = subprocess.Popen(command, env=environment(cfg.env), stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
-        self.child = [None]
+    child: list[int]  # id of the process that answers requests, once it is known
+    kill: Callable[[], object]
+
+    def __init__(self, cfg: schema.Reward, functions: Sequence[str]) -> None:
+        self.cfg, self.child = cfg, []
+        python = [sys.executable, "-P", "-s", "-B", "-c", START]  # -B: no __pycache__ beside the user's files
+        command = [*python, str(PACKAGE), json.dumps(libraries()), str(cfg.timeout_s), str(cfg.verify_s), *functions]
+        self.process = Popen(command, env=environment(cfg.env), stdin=PIPE, stdout=PIPE, start_new_session=True)
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.replies = self.process.stdin, self.process.stdout
         self.kill = weakref.finalize(self, _kill, self.process, self.child)
         hello, late = self._read(START_S)
         if hello is None or "error" in hello:
             self.kill()
             why = f"was not ready within {START_S:g} s" if late else "ended before it was ready; it said why above"
             raise UserError(hello["error"] if hello else f"a judging process ({sys.executable}) {why}")
-        self.child[0] = hello["child"]
+        self.child[:] = [hello["child"]]
 
-    def ask(self, request):
-        """The reply; {} if the judgement took too long and was killed; None if the process ended of itself."""
-        limit = self.cfg.timeout_s if request[0] == "function" else WALL * max(1.0, self.cfg.verify_s)
+    def ask(self, request: Question | Call) -> Message:
+        """The reply; {} if the child took too long and was killed.
+
+        Raises:
+            WorkerDied: the process or the child ended by itself; this worker is then killed.
+        """
+        limit = self.cfg.timeout_s if isinstance(request, Call) else WALL * max(1.0, self.cfg.verify_s)
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
+            self.requests.write(json.dumps(request._asdict()).encode() + b"\n")
+            self.requests.flush()
         except BrokenPipeError:
-            self.status = self.process.wait()
-            return None
+            self._die(self.process.wait())
         reply, late = self._read(limit)
         if late:
-            while reply is not None and "child" not in reply:  # an answer that came with the deadline
+            while reply is not None and "child" not in reply:  # a reply that was sent just before the deadline
                 reply, _ = self._read(START_S)
         if reply is None:
-            self.status = self.process.wait()
-            return None
+            self._die(self.process.wait())
         if "child" not in reply:
             return reply
-        self.child[0] = reply["child"]
+        self.child[:] = [reply["child"]]  # the child was killed, and this is the next one
         if late or reply.get("signal") == signal.SIGPROF:
             return {}
-        self.status = -reply["signal"]
-        return None
+        self._die(-reply["signal"])
 
-    def _read(self, limit):
-        """(the next message, or None if the process has ended; whether the child was killed for being late)."""
+    def _die(self, status: int) -> NoReturn:
+        self.kill()
+        raise WorkerDied(status)
+
+    def _read(self, limit: float) -> tuple[Message | None, bool]:
+        """Read a message, and kill the child if there is none within `limit` seconds.
+
+        Returns:
+            The message, or None if the process has ended; whether the child was killed.
+        """
         late = threading.Event()
 
-        def expire():
+        def expire() -> None:
             late.set()
-            _signal_group(self.child[0] or self.process.pid)
+            _kill_group(self.child[0] if self.child else self.process.pid)
 
         timer = threading.Timer(limit, expire)
         timer.start()
         try:
-            line = self.process.stdout.readline()
+            line = self.replies.readline()
         finally:
             timer.cancel()
             timer.join()
         return (json.loads(line) if line.endswith(b"\n") else None), late.is_set()
 
 
-def _kill(process, child):
-    for group in (child[0], process.pid):
-        if group:
-            _signal_group(group)
+def environment(names: Iterable[str] = ()) -> dict[str, str]:
+    """The environment of a worker process, with the variables that the recipe names for its functions.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    names = list(names)
+    if absent := [name for name in names if name not in os.environ]:
+        raise UserError(f"reward.env: the environment has no variable {', '.join(absent)}: set it, or leave it out")
+    inherited = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("LC_")}
+    # A fixed hash seed fixes the order in which sympy visits terms, so all processes give the same verdict.
+    return inherited | {name: os.environ[name] for name in names} | {"PYTHONHASHSEED": "0"}
+
+
+def libraries() -> list[str]:
+    """The trainer's import path, without the current folder and the checkout's root."""
+    left_out = {os.path.realpath(path) for path in (os.curdir, PACKAGE.parent)}
+    return [path for path in sys.path if os.path.isabs(path) and os.path.realpath(path) not in left_out]
+
+
+def _kill(process: Popen[bytes], child: list[int]) -> None:
+    for group in (*child, process.pid):
+        _kill_group(group)
     process.wait()
-    process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
+    for pipe in filter(None, (process.stdout, process.stdin)):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
-def _signal_group(group):
+def _kill_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it is dead already (Linux, macOS)
         os.killpg(group, signal.SIGKILL)

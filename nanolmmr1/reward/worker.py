@@ -1,8 +1,14 @@
-"""What runs inside a judging process: the verifier, the recipe's regular expressions and the user's functions.
+"""The worker process: the verifier, the recipe's regular expressions and the user's reward functions.
 
-The process imports and warms up the verifier once, then forks a child that answers. A child that takes too long is
-killed, with all that it started, and another is forked within milliseconds. Where a child ends of itself, so does the
-whole process, with its status.
+The process imports and warms up the verifier once, then forks a child that answers requests. A child that takes too
+long is killed with everything that it started, and the next one is forked within milliseconds. If a child exits
+without being killed, the worker exits with the child's status.
+
+Messages are JSON, one line each. A new child sends {"child": process id}, with "signal" if a signal killed the child
+before it, and "error" if it cannot start. To a Question or a Call it replies {"value": result}, {"error": message} or
+{"memory": limit}.
+
+Next: ../update/objective.py, advantages and losses.
 """
 
 import contextlib
@@ -17,89 +23,119 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NamedTuple
 
 from nanolmmr1.errors import UserError
 from nanolmmr1.reward.rules import format_reward, mathematical_accuracy
 
-GRACE_S = 2.0  # past the deadline, after which a process whose parent is gone ends itself
-MEMORY = 2 << 30  # bytes that a built-in judgement may map on top of what the process holds
+GRACE_S = 2.0  # after the deadline of a user function, a child ends itself: its trainer is gone
+MEMORY = 2 << 30  # bytes that a built-in rule may map in addition to those already mapped
+WARM_UP = ((r"\frac{1}{2}", "0.5"), ("x + 1", "$1+x$"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)"))
+Message = dict[str, Any]
+Rule = Callable[[str, str], float]
 
 
-def main(timeout_s, verify_s, *specs):
-    """Imports the verifier, then keeps one child at work until stdin ends."""
+class Question(NamedTuple):
+    """A built-in rule applied to a text. Equal questions have equal answers."""
+
+    rule: str  # "format" or "accuracy"
+    text: str  # the response, or its final answer
+    expected: str  # the format, or gold's final answer
+
+
+class Call(NamedTuple):
+    """A call of a user's reward function."""
+
+    function: str  # path/to/file.py:function
+    response: str
+    row: dict[str, Any]
+
+
+def main(timeout_s: str, verify_s: str, *functions: str) -> None:
+    """Import the verifier, then keep one child running until stdin is closed.
+
+    Args:
+        timeout_s: deadline of a user function. verify_s: CPU seconds of a built-in rule.
+        functions: path/to/file.py:function each.
+    """
     requests, replies = os.dup(0), os.fdopen(os.dup(1), "wb", 0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the user's functions neither read requests
-    os.dup2(2, 1)  # nor print into replies
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # user functions must not read requests
+    os.dup2(2, 1)  # or print into replies
     sys.stdout = sys.stderr
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
 
-    for answer, gold in ((r"\frac{1}{2}", "0.5"), ("x + 1", "$1+x$"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)")):
-        mathematical_accuracy(answer, gold)  # imports sympy's parts and fills the parser's tables
-    rules = {"format": format_reward, "accuracy": mathematical_accuracy}
-    before = {}
+    for answer, gold in WARM_UP:
+        mathematical_accuracy(answer, gold)  # imports sympy's modules and fills the parser's tables
+    hello: Message = {}
     while True:
         child = os.fork()
         if not child:
-            os.setpgid(0, 0)  # a group of its own, with all that it will start
+            os.setpgid(0, 0)  # a process group, to be killed with everything that it starts
             with contextlib.suppress(BrokenPipeError):  # the trainer is gone
-                serve(os.fdopen(requests, "rb"), replies, rules, float(timeout_s), float(verify_s), specs, before)
+                serve(os.fdopen(requests, "rb"), replies, float(timeout_s), float(verify_s), functions, hello)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status >= 0:
             os._exit(status)
-        before = {"signal": -status}
+        hello = {"signal": -status}
 
 
-def serve(requests, replies, rules, timeout_s, verify_s, specs, before):
-    """In a child: say hello, then answer requests until there are no more."""
+def serve(
+    requests: IO[bytes], replies: IO[bytes], timeout_s: float, verify_s: float, functions: Sequence[str], hello: Message
+) -> None:
+    """In the child: load the user's functions, send the first message, and answer requests until there are no more."""
 
-    def say(reply):
-        replies.write(json.dumps(reply).encode() + b"\n")
+    def send(message: Message) -> None:
+        replies.write(json.dumps(message).encode() + b"\n")
 
-    hello = {"child": os.getpid()} | before
+    hello = {"child": os.getpid()} | hello
     try:
-        functions = {spec: load_function(spec) for spec in specs}
+        loaded = {function: load_function(function) for function in functions}
     except UserError as error:
-        say(hello | {"error": str(error)})
+        send(hello | {"error": str(error)})
         return
-    say(hello)
+    send(hello)
+    rules: dict[str, Rule] = {"format": format_reward, "accuracy": mathematical_accuracy}
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in requests:
+        # The default action of both timers' signals ends the process, even inside C code.
         match json.loads(line):
-            case "function", spec, response, row:
-                # Should the trainer be killed amid it, only this ends it: the default action stops even C code.
+            case {"function": function, "response": response, "row": row}:
+                # The trainer kills a child on the deadline. This timer ends it if the trainer was killed.
                 signal.setitimer(signal.ITIMER_REAL, timeout_s + GRACE_S)
-                reply = call_function(functions[spec], spec, response, row)
+                reply = call_function(loaded[function], function, response, row)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            case kind, text, rule:
-                signal.setitimer(signal.ITIMER_PROF, verify_s)  # CPU time; its default action stops even C code
-                reply = judge(rules[kind], text, rule)
+            case {"rule": rule, "text": text, "expected": expected}:
+                signal.setitimer(signal.ITIMER_PROF, verify_s)  # CPU time
+                reply = apply_rule(rules[rule], text, expected)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-        say(reply)
+        send(reply)
 
 
-def judge(function, text, rule):
-    """{"value": score} of a built-in rule, or {"memory": MEMORY} if it wanted more than that."""
+def apply_rule(rule: Rule, text: str, expected: str) -> Message:
+    """{"value": score}, or {"memory": MEMORY} if the rule exceeds the limit."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux":  # elsewhere the deadline alone must do
+    if sys.platform == "linux":  # elsewhere only time is limited
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        # Relative and lifted again, for a user's function may need torch, which maps tens of GiB.
+        # Relative and lifted afterwards, because a user function may import torch, which maps tens of GiB.
         limit = mapped + MEMORY if limits[0] == resource.RLIM_INFINITY else min(mapped + MEMORY, limits[0])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
     try:
-        return {"value": function(text, rule)}
+        return {"value": rule(text, expected)}
     except MemoryError:
         return {"memory": MEMORY}
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def load_function(spec):
-    """The function of "path/to/file.py:function".
+def load_function(spec: str) -> Callable[..., Any]:
+    """Load path/to/file.py:function.
 
     Raises:
-        UserError: no such file or function, or the file fails.
+        UserError: there is no such file or function, or the file cannot be loaded.
     """
     path, _, name = spec.rpartition(":")
     function = getattr(_load_file(path), name, None)
@@ -109,15 +145,15 @@ def load_function(spec):
 
 
 @functools.cache
-def _load_file(path):
+def _load_file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"reward functions: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path, path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"reward functions: {path} is no Python file (.py)")
     if (folder := os.path.dirname(path)) not in sys.path:
-        sys.path.append(folder)  # of modules beside it; last, so that they hide nothing
-    # Registered first, as import does: dataclasses look their module up.
+        sys.path.append(folder)  # for modules beside it; last, so that they hide nothing
+    # Registered before it runs, as import does: dataclasses look their module up.
     sys.modules[path] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -126,8 +162,8 @@ def _load_file(path):
     return module
 
 
-def call_function(function, spec, response, row):
-    """{"value": {name: weighted value, name/part: logged value}}, or {"error": message} with the line at fault."""
+def call_function(function: Callable[..., Any], spec: str, response: str, row: dict[str, Any]) -> Message:
+    """{"value": {name: weighted number, name/part: logged number}}, or {"error": message with the failing line}."""
     path, _, name = spec.rpartition(":")
     try:
         value = function(response, row)
@@ -139,16 +175,16 @@ def call_function(function, spec, response, row):
         return {"error": _explain(error, path)}
 
 
-def _number(value, returned):
+def _number(value: object, returned: object) -> float:
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
     raise TypeError(f"it returned {returned!r:.80}: a finite number, or a dict of them, is needed")
 
 
-def _explain(error, path):
+def _explain(error: BaseException, path: str) -> str:
+    """The error, and the last line of the user's file that it passed through."""
     lines = [f"line {f.lineno}: {f.line}" for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if isinstance(error, SyntaxError):
         lines.append(f"line {error.lineno}: {(error.text or '').strip()}")
-    what = traceback.format_exception_only(error)[-1].strip()
-    return f"{what} ({lines[-1]})" if lines else what
-
+    message = traceback.format_exception_only(error)[-1].strip()
+    return f"{message} ({lines[-1]})" if lines else message
