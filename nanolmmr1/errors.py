@@ -1,13 +1,27 @@
-"""The three exceptions that end a run with a message in place of a traceback."""
+"""Exceptions that end a run with a message instead of a traceback.
+
+Next: files.py, atomic files.
+"""
+
+import signal
 
 
 class UserError(ValueError):
-    """Something wrong in recipe, data or model: the message names the value and the cure."""
+    """A wrong recipe, data or model. The message names the value and the cure."""
 
 
 class SharedError(UserError):
-    """What is wrong with one rank, raised on all of them at the same place: they may still do things together."""
+    """An error of any rank, raised on all ranks at the same place, so that their collectives still match."""
 
 
 class Preempted(Exception):
-    """The run was told to stop. What it has done until its last complete step is good."""
+    """A signal asked the run to stop. Its last complete step can be saved."""
+
+    def __init__(self, number: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__()
+        self.signal = number
+
+    @property
+    def exit_status(self) -> int:
+        """128 + signal number, as shells report it. SIGUSR1 counts as SIGTERM, since Slurm sends it as a warning."""
+        return 128 + (signal.SIGTERM if self.signal == signal.SIGUSR1 else self.signal)

@@ -43,12 +43,11 @@ class Run:
         """folder: the run folder. args: of train.py. torchrun: its options. log: told apart by it. prefix: of the
         command. env: more environment."""
         self.folder, self.log = Path(folder), Path(f"{folder}{log}.log")
-        env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-               "NANOLMMR1_STAGE_FILES": "1"} | env  # fmt: skip
+        quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *torchrun,
-                   ROOT / "train.py", *args, f"output={folder}"]  # fmt: skip
+                   ROOT / "tests" / "staged.py", *args, f"output={folder}"]  # fmt: skip
         with open(self.log, "a") as file:
-            self.process = subprocess.Popen(command, env=os.environ | env, stdout=file, stderr=file, cwd=ROOT,
+            self.process = subprocess.Popen(command, env=os.environ | quiet | env, stdout=file, stderr=file, cwd=ROOT,
                                             start_new_session=True)  # fmt: skip
 
     def __enter__(self):

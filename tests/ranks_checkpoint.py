@@ -196,7 +196,7 @@ def trained(run):
     if dist.sharded():
         fsdp.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
     cfg = small_recipe()
-    policy, own = policy_of_trainer.Policy(model, cfg, device="cpu"), checkpoints(run)
+    policy, own = policy_of_trainer.Policy(model, cfg.pack, cfg.optim, device="cpu"), checkpoints(run)
     policy.start_phase(cfg.phases["train"])
     progress, folder = own.newest(Progress)
     if folder:

@@ -11,7 +11,6 @@ from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import dist, export, fsdp
 from nanolmmr1.run import checkpoint
-from nanolmmr1.schema import Dist
 
 AWKWARD = {"one": (1,), "three": (3, 5), "seven": (7,), "deep": (2, 3, 4), "rounded": (10, 3), "again": (6, 2),
            "long": (1001, 4)}
@@ -48,37 +47,37 @@ def hand_over(over, bucket_bytes):
 def folders(folder, out, over):
     """Load a folder sharded, write it from the shards: [equal, equal again, files that this rank wrote]."""
     whole = dict(weights.load(folder).named_parameters())
-    model = fsdp.load_sharded(folder, Dist(shard=over), "cpu", torch.float32)
+    model = fsdp.load_sharded(folder, dist.mesh("cpu", over, 60.0), "cpu", torch.float32)
     first = all(torch.equal(p.full_tensor(), whole[name]) for name, p in model.named_parameters())
-    wrote, save_file = [], weights.save_file
+    wrote, save_file = [], export.save_file
 
     def recording(tensors, path, metadata):
         wrote.append(path.name)
         save_file(tensors, path, metadata)
 
-    weights.save_file, export.SHARD_BYTES = recording, 200_000
+    export.save_file, export.FILE_BYTES = recording, 200_000
     checkpoint.write_folder(out / over, lambda path: export.save(model, path, folder, torch.bfloat16))
-    weights.save_file = save_file
+    export.save_file = save_file
     again = dict(weights.load(out / over).named_parameters())
     return [first, bits_equal(again, {name: p.detach().bfloat16().float() for name, p in whole.items()}), wrote]
 
 
 def full_disk(folder, out):
     """The disk of one rank is full: what each rank says, and what is left."""
-    model = fsdp.load_sharded(folder, Dist(), "cpu", torch.float32)
-    save_file = weights.save_file
+    model = fsdp.load_sharded(folder, dist.mesh("cpu", "all", 60.0), "cpu", torch.float32)
+    save_file = export.save_file
 
     def failing(tensors, path, metadata):
         if dist.rank() == 1:
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    weights.save_file = failing
+    export.save_file = failing
     try:
         checkpoint.write_folder(out / "full", lambda path: export.save(model, path, folder))
     except checkpoint.DiskError as error:
         said = str(error)
-    weights.save_file = save_file
+    export.save_file = save_file
     dist.barrier()
     return [said, names(out)]
 
@@ -112,7 +111,7 @@ def full_memory():
 def damaged(folder):
     """A sharded model is as strict as a whole one."""
     try:
-        fsdp.load_sharded(folder, Dist(), "cpu", torch.float32)
+        fsdp.load_sharded(folder, dist.mesh("cpu", "all", 60.0), "cpu", torch.float32)
     except UserError as error:
         return str(error)
 

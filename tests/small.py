@@ -7,7 +7,6 @@ import torch
 from nanolmmr1.config import resolve
 from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
-from nanolmmr1.errors import Preempted
 from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
 from nanolmmr1.parallel import dist, fsdp
 from nanolmmr1.report.display import Display
@@ -45,6 +44,11 @@ def small_recipe(phase=None, objective=None, optim=None, pack=None, rollout=None
             setattr(part, key, value)
     resolve(cfg)
     return cfg
+
+
+def small_policy():
+    cfg = small_recipe()
+    return Policy(small_model(), cfg.pack, cfg.optim, BANNED)
 
 
 class SmallProcessor:
@@ -87,19 +91,18 @@ class Bell:
     def __init__(self, stopping=False):
         self.stopping = stopping
 
-    def check(self):
-        if self.stopping:
-            raise Preempted
+    def should_stop(self):
+        return self.stopping
 
     stage = staticmethod(lambda name, step: contextlib.nullcontext())
-    pack = staticmethod(lambda: None)
+    heartbeat = staticmethod(lambda: None)
 
 
 class RecordingSampler(LocalSampler):
     """The embedded sampler, which keeps what it drew last."""
 
-    def generate(self, *args):
-        self.groups = super().generate(*args)
+    def generate(self, *args, **callbacks):
+        self.groups = super().generate(*args, **callbacks)
         return self.groups
 
 
@@ -118,7 +121,7 @@ def small_trainer(folder, rule=share_of_even, reference=None, seed=0, notes=None
     if dist.sharded():
         for own in filter(None, (model, reference)):
             fsdp.shard(own, dist.mesh("cpu", over, 60), torch.float32)
-    policy = Policy(model, cfg, BANNED)
+    policy = Policy(model, cfg.pack, cfg.optim, BANNED)
     display = Display({"train": cfg.phases["train"].steps}, quiet=True)
     if notes is not None:
         display.note = notes.append

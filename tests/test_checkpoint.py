@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def make_policy(**changes):
     cfg = small_recipe(changes)
-    policy = Policy(small_model(), cfg)
+    policy = Policy(small_model(), cfg.pack, cfg.optim)
     policy.start_phase(cfg.phases["train"])
     return policy
 
@@ -315,7 +315,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from nanolmmr1 import checkpoint
+from nanolmmr1.run import checkpoint
 from nanolmmr1.schema import Checkpoint
 from test_checkpoint import learn, make_policy
 
@@ -370,7 +370,7 @@ HOLD = """
 import sys
 import threading
 from pathlib import Path
-from nanolmmr1 import run_folder
+from nanolmmr1.run import run_folder
 with run_folder.locked(Path(sys.argv[1])):
     print("held", flush=True)
     input()

@@ -1,26 +1,25 @@
 """Held-out accuracy: greedy answers to every row, each task's share of right ones."""
 
 import pytest
-from small import BANNED, STOP, Bell, SmallJudge, SmallProcessor, small_model, small_recipe
+from small import BANNED, STOP, Bell, SmallJudge, SmallProcessor, small_policy
 
 from nanolmmr1.data.rows import Row
 from nanolmmr1.errors import Preempted
 from nanolmmr1.report.display import Display
-from nanolmmr1.rollout import SamplingParams
 from nanolmmr1.rollout.local import LocalSampler
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.run.evaluate import evaluate
-from nanolmmr1.update.policy import Policy
 
 ROWS = [Row(str(n), "") for n in range(12)]
 
 
 def accuracy(tasks, rule, max_tokens=6):
-    sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
+    sampler = LocalSampler(small_policy())
     return evaluate(tasks, sampler, SmallProcessor(), SmallJudge(rule), max_tokens, Display({}, quiet=True))
 
 
 def test_accuracy_is_the_share_of_greedy_answers_that_are_right():
-    sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
+    sampler = LocalSampler(small_policy())
     params = SamplingParams(1, 6, temperature=0.0, stop_ids=(STOP,), banned_ids=BANNED)
     groups = sampler.generate([SmallProcessor().prepare(row, False) for row in ROWS], params, [(n,) for n in range(12)])
     answers = {int(g.prompt.row.problem): g.responses[0].ids.tolist() for g in groups}
@@ -53,11 +52,11 @@ def test_a_run_that_is_told_to_stop_prepares_no_further_prompt():
 
     processor, watch = Processor(), Bell()
 
-    def check(done):
+    def should_stop():
         watch.stopping = processor.prepared == 5
-        watch.check()
+        return watch.should_stop()
 
-    sampler, judge = LocalSampler(Policy(small_model(), small_recipe(), BANNED)), SmallJudge(lambda *_: 1.0)
+    sampler, judge = LocalSampler(small_policy()), SmallJudge(lambda *_: 1.0)
     with pytest.raises(Preempted):
-        evaluate({"all": (ROWS, False)}, sampler, processor, judge, 3, Display({}, quiet=True), check)
+        evaluate({"all": (ROWS, False)}, sampler, processor, judge, 3, Display({}, quiet=True), should_stop)
     assert processor.prepared == 5

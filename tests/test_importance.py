@@ -177,8 +177,8 @@ def mismatched_trainer(folder, objective, **changes):
                             rollout={"max_mismatch": 0.0}, **changes)  # weights are for samplers that stray
     generate = trainer.sampler.generate
 
-    def blurred(*args):
-        groups = generate(*args)
+    def blurred(*args, **callbacks):
+        groups = generate(*args, **callbacks)
         for response in (r for group in groups for r in group.responses):
             response.logp = response.logp + 0.3 * torch.sin(response.ids.float() * 7)
         return groups

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -102,18 +103,18 @@ def test_no_circle_of_files():
 @pytest.mark.parametrize(
     ("here", "allowed"),
     [
-        ("data", {"errors", "terminal"}),
+        ("data", {"errors", "schema", "terminal"}),
         ("model", {"errors", "kernels"}),
-        ("reward", {"errors"}),
+        ("reward", {"errors", "schema"}),
         ("parallel", {"errors", "model"}),
-        ("update", {"errors", "kernels", "model", "parallel"}),
-        ("rollout", {"config", "data", "errors", "kernels", "model", "parallel", "terminal", "update"}),
-        ("report", {"errors", "files", "terminal", "update"}),
+        ("update", {"data", "errors", "kernels", "model", "parallel", "schema"}),
+        ("rollout", {"config", "data", "errors", "kernels", "model", "parallel", "schema", "terminal", "update"}),
+        ("report", {"data", "errors", "files", "parallel", "rollout", "schema", "terminal", "update"}),
     ],
 )
 def test_a_room_imports_no_more_of_the_house_than_it_needs(here, allowed):
-    found = {room(other) for name, path in MODULES.items() if room(name) == here for other in imports(path) & MODULES.keys()}
-    assert found <= allowed | {here}
+    files = [path for name, path in MODULES.items() if room(name) == here]
+    assert {room(name) for path in files for name in imports(path) & MODULES.keys()} <= allowed | {here}
 
 
 def test_the_package_itself_imports_nothing():
@@ -134,6 +135,43 @@ def test_a_library_stays_in_the_file_that_owns_it(path):
 @pytest.mark.parametrize("path", [*SOURCES, *BENCHES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_enough_to_be_read(path):
     assert len(path.read_text().splitlines()) <= 500
+
+
+BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.match_case, ast.comprehension)
+
+
+@every_source
+def test_functions_are_short_and_annotated(path):
+    for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+        where = f"{function.name}, line {function.lineno}"
+        assert function.end_lineno - function.lineno < 60, where
+        assert sum(isinstance(node, BRANCHES) for node in ast.walk(function)) <= 15, where
+        if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+            continue  # Triton reads annotations as types of its own
+        args = function.args
+        given = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]
+        bare = [arg.arg for arg in given if arg.annotation is None and arg.arg not in ("self", "cls")]
+        assert not bare, f"{where}: {bare}"
+        assert function.returns is not None, where
+
+
+def next_files(path):
+    """The files that the last paragraph of a module docstring sends the reader to."""
+    _, _, text = (ast.get_docstring(ast.parse(path.read_text())) or "").rpartition("Next:")
+    for name in re.findall(r"[\w/.]+\.py", text):
+        target = (path.parent / name).resolve()
+        assert target.is_file(), f"{path}: Next: {name}"
+        yield target
+
+
+def test_the_tour_reaches_every_file_from_train_py():
+    seen, todo = set(), [ROOT / "train.py"]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += next_files(path)
+    assert {path for path in SOURCES if path.name != "__init__.py"} <= seen
 
 
 @every_file

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nanolmmr1.data.group import Group, Response
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import Row
 from nanolmmr1.kernels import attention, linear_loss
 from nanolmmr1.model import weights
-from nanolmmr1.model.qwen import MLP
-from nanolmmr1.rollout import Group, Response
+from nanolmmr1.model.qwen import MLP, Images
 from nanolmmr1.schema import Prompt as PromptConfig
 from nanolmmr1.update.pack import Piece, build, deal, pack_groups, scored
 
@@ -45,14 +45,14 @@ def prompts(tiny, tmp_path_factory):
 def hidden_states(model, pack, spans, impl="sdpa"):
     """(T, H), in the model's dtype; pack: ids, positions, patches, grid and image_slots."""
     attend = lambda layer, q, k, v: attention.attention(q, k, v, spans, impl=impl)  # noqa: E731
-    images = pack.patches.to(model.head.dtype), pack.grid, pack.image_slots
-    return model(pack.ids, pack.positions, attend, *images)
+    images = Images(pack.patches.to(model.head.dtype), pack.grid.tolist(), pack.image_slots)
+    return model(pack.ids, pack.positions, attend, images)
 
 
 def test_the_vision_tower_attends_by_the_impl_it_is_given(tiny, prompts):
     model, prompt = weights.load(tiny), prompts["one image"]
     with pytest.raises(ValueError, match='impl="varlen"'):  # which a CPU does not have
-        model.visual(prompt.patches, prompt.grid, "varlen")
+        model.visual(prompt.patches, prompt.grid.tolist(), "varlen")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -14,7 +14,7 @@ from nanolmmr1.update import objective as ob
 
 
 def recipe(algorithm="grpo", **keys):
-    objective = Objective(algorithm, **keys)
+    objective = Objective(algorithm=algorithm, **keys)
     resolve(Recipe(model="m", phases={"p": Phase(data="d", objective=objective)}))
     return objective
 

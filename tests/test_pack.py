@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanolmmr1.data.group import Group, Response
 from nanolmmr1.data.prompt import Prompt
-from nanolmmr1.rollout import Group, Response
 from nanolmmr1.update.pack import Piece, build, concat_prompts, deal, has_images, pack_groups, scored
 
 
@@ -92,7 +92,7 @@ def test_an_empty_response_is_no_token_and_shifts_nothing():
 def test_a_group_of_empty_responses_scores_nothing():
     packs, split = pack_groups([Group(text_prompt(10, 11), responses(0, 0))], 100)
     assert split == 0 and [pack.num_scored for pack in packs] == [0]
-    assert len(rows(packs[0])) == len(packs[0].target) == len(packs[0].where) == 0
+    assert len(rows(packs[0])) == len(packs[0].target) == len(packs[0].flat_index) == 0
 
 
 def rollout():
@@ -326,7 +326,8 @@ def test_a_pack_of_nothing_is_one_token_that_is_not_scored():
     pack = build([])
     assert (pack.num_tokens, pack.num_scored, pack.ids.tolist(), pack.positions.tolist()) == (1, 0, [0], [[0]] * 3)
     assert pack.spans.table.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
-    assert [len(t) for t in (pack.picks, pack.target, pack.flat_index, pack.patches, pack.grid, pack.image_slots)] == [0] * 6
+    empty = pack.picks, pack.target, pack.flat_index, pack.patches, pack.grid, pack.image_slots
+    assert [len(t) for t in empty] == [0] * 6
     assert pack.grid.shape == (0, 3) and pack.picks.dtype == pack.target.dtype == pack.flat_index.dtype == torch.int64
 
 
@@ -397,5 +398,5 @@ def test_gradients_of_a_prompts_last_row_are_added_in_one_order():
 def test_moving_a_pack_moves_its_tensors_but_not_the_grid():
     pack = build([piece(image_prompt(0), responses(2), 0)]).to("meta")
     moved = {name for name, value in vars(pack).items() if isinstance(value, torch.Tensor) and value.is_meta}
-    assert moved == {"ids", "positions", "patches", "image_slots", "last", "picks", "target", "where"}
+    assert moved == {"ids", "positions", "patches", "image_slots", "last", "picks", "target", "flat_index"}
     assert pack.grid.tolist() == [[1, 4, 2]] and pack.num_scored == 2

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from nanolmmr1.kernels.linear_logprob import linear_logprob
-from nanolmmr1.kernels.linear_loss import linear_loss
 from small import BANNED, small_model, small_recipe, small_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolmmr1.errors import UserError
-from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.kernels.linear_logprob import linear_logprob
+from nanolmmr1.kernels.linear_loss import linear_loss
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.schema import GRPO, Objective, Optim, Phase
 from nanolmmr1.update import memory
 from nanolmmr1.update.objective import Tokens, policy_loss
@@ -20,7 +20,7 @@ from nanolmmr1.update.policy import Policy, fused_objective, learning_rate
 
 def started(**phase):
     cfg = small_recipe(phase=phase, optim={"weight_decay": 0.1})
-    policy = Policy(small_model(), cfg)
+    policy = Policy(small_model(), cfg.pack, cfg.optim)
     policy.start_phase(cfg.phases["train"])
     return policy
 
@@ -118,7 +118,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_reported_as_they_were()
     moved = []
     for max_norm in (1e9, 0.5):
         cfg = small_recipe(optim={"eps": 1e6, "max_grad_norm": max_norm})
-        policy = Policy(small_model(), cfg)
+        policy = Policy(small_model(), cfg.pack, cfg.optim)
         policy.start_phase(cfg.phases["train"])
         norm_weight = policy.model.model.norm.weight.detach()
         before = norm_weight.clone()
@@ -182,7 +182,7 @@ def test_a_response_that_couples_tokens_is_not_fused():
 def test_rounded_logits_are_refused_where_they_cannot_be_had(pack, dtype):
     cfg = small_recipe(pack={"head_logits": "bfloat16"} | pack)
     with pytest.raises(UserError, match="pack.head_logits=bfloat16 needs"):
-        Policy(small_model(), cfg, dtype=dtype)
+        Policy(small_model(), cfg.pack, cfg.optim, dtype=dtype)
 
 
 def test_bf16_compute_on_a_cpu_keeps_fp32_log_probs(tmp_path):
@@ -209,14 +209,14 @@ def test_a_budget_recomputes_as_much_as_a_pack_asks_for_and_changes_no_gradient(
     trainer = small_trainer(tmp_path, images=True)
     policy, model = trainer.policy, trainer.policy.model
     pack, tokens = pack_of(trainer)
-    load = memory.Load(pack.num_tokens, 0, len(pack.patches))
-    kept = sum(memory.kept(model.cfg, load, memory.Kind("cpu", 4, 4), products, blocks))
+    kind = memory.Kind("cpu", 4, 4)
+    kept = memory.kept(model.cfg, pack.num_tokens, len(pack.patches), kind, products, blocks)
 
     with Products() as plainly:
         policy.backward(pack, tokens, trainer.phase.objective, 1.0)
     plain = [p.grad for p in policy.trained.values()]
     policy.discard()
-    policy.cfg.pack.checkpoint_activations, policy.cfg.pack.activation_budget_gb = "budget", kept / 1e9
+    policy.pack.checkpoint_activations, policy.pack.activation_budget_gb = "budget", kept / 1e9
     with Products() as again:
         policy.backward(pack, tokens, trainer.phase.objective, 1.0)
     every = (*model.model.layers, *model.visual.blocks)
@@ -241,8 +241,8 @@ def test_the_same_pack_gives_the_same_bits(tmp_path, device):
         pytest.skip("needs a CUDA device")
     trainer = small_trainer(tmp_path, images=True)
     pack, tokens = pack_of(trainer)
-    cfg, dtype = trainer.policy.cfg, torch.bfloat16 if device == "cuda" else torch.float32
-    policy = Policy(trainer.policy.model.to(device), cfg, BANNED, dtype)
+    cfg, dtype = trainer.cfg, torch.bfloat16 if device == "cuda" else torch.float32
+    policy = Policy(trainer.policy.model.to(device), cfg.pack, cfg.optim, BANNED, dtype)
     policy.start_phase(trainer.phase)
     tokens = Tokens(*(x.to(device) for x in (tokens.advantage, tokens.weight, tokens.response, tokens.sampler_logp)))
     found = []

@@ -12,7 +12,7 @@ from nanolmmr1.errors import Preempted, UserError
 from nanolmmr1.parallel import dist, export, fsdp
 from nanolmmr1.parallel.export import published
 from nanolmmr1.report.display import Display
-from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.run import setup
 from nanolmmr1.update.objective import Tokens
 from nanolmmr1.update.pack import build, deal, has_images
@@ -83,7 +83,7 @@ def random_assignments(seed, number):
     cfg = small_recipe()
     model, plain = small_model(), small_model()
     fsdp.shard(model, dist.mesh("cpu", "all", 60), torch.float32)
-    policy, whole = Policy(model, cfg, BANNED), Policy(plain, cfg, BANNED)
+    policy, whole = Policy(model, cfg.pack, cfg.optim, BANNED), Policy(plain, cfg.pack, cfg.optim, BANNED)
     policy.start_phase(cfg.phases["train"])
     whole.start_phase(cfg.phases["train"])
     trainer = small_trainer(".", images=True)
@@ -139,7 +139,7 @@ def collectives(images, freeze):
     prompts = [trainer.processor.prepare(trainer.rows[3], False)]
     group = trainer.sampler.generate(prompts, SamplingParams(2, 5, banned_ids=BANNED), [(0,)])
     micro_steps, _ = deal(group, 1000, dist.size())
-    pack = trainer.build(micro_steps[0])
+    pack = trainer.make_pack(micro_steps[0])
     with CommDebugMode() as comm:
         trainer.policy.backward(pack, tokens_of(pack), trainer.phase.objective, 1.0)
     return {str(op).rpartition(".")[2]: n for op, n in comm.get_comm_counts().items()}
@@ -225,7 +225,7 @@ def sixteen_bits():
         model = small_model()
         if split:
             fsdp.shard(model, dist.mesh("cpu", "all", 60), dtype)
-        policy = Policy(model, trainer.cfg, BANNED, dtype)
+        policy = Policy(model, trainer.cfg.pack, trainer.cfg.optim, BANNED, dtype)
         policy.start_phase(trainer.phase)
         policy.backward(pack, tokens_of(pack), trainer.phase.objective, 1.0)
         parts = dist.size() if split else 1  # all ranks have learnt the same pack

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from ranks import run
-from small import BANNED, SmallJudge, SmallProcessor, small_model, small_recipe, small_trainer
+from small import SmallJudge, SmallProcessor, small_model, small_policy, small_recipe, small_trainer
 from torch import distributed as td
 
 from nanolmmr1.data.rows import Row
@@ -16,7 +16,6 @@ from nanolmmr1.rollout.local import LocalSampler
 from nanolmmr1.run import setup
 from nanolmmr1.run.evaluate import evaluate
 from nanolmmr1.schema import Phase
-from nanolmmr1.update.policy import Policy
 
 
 def after_a_tower_without_pictures(folder):
@@ -80,7 +79,7 @@ def test_hosts_sum_their_gradients_once_an_update(tmp_path):
 
 def accuracies():
     """On fewer rows than ranks, and on more; the odd ones are right."""
-    sampler = LocalSampler(Policy(small_model(), small_recipe(), BANNED))
+    sampler = LocalSampler(small_policy())
     rows = [Row(str(n), "") for n in range(10)]
     judge = SmallJudge(lambda ids, row: row % 2)
     return evaluate({"few": (rows[:2], False), "many": (rows[:10], False)}, sampler, SmallProcessor(), judge, 3,

@@ -29,7 +29,7 @@ from nanolmmr1.errors import Preempted, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.report.logs import read_lines
 from nanolmmr1.run import setup
-from nanolmmr1.run.trainer import Progress
+from nanolmmr1.run.trainer import Progress, Trainer
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SMALL = [f"phases.train.{key}" for key in ("steps=2", "prompts_per_step=2", "group_size=2", "max_response_tokens=4")]
@@ -400,6 +400,23 @@ def test_a_reward_function_that_fails_later_loses_no_step(run_here, tiny, tmp_pa
     assert resumed == whole
 
 
+def test_a_run_resumed_with_fewer_steps_than_it_has_taken_ends(run_here, tiny, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", sums(3))
+    args = ["single", f"model={tiny}", f"phases.train.data={rows}", f"output={tmp_path / 'out'}", *SMALL]
+    step = Trainer.step
+
+    def stopped(self):
+        if self.progress.step == 2:
+            raise Preempted
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    assert run_here(*args, "phases.train.steps=3")[0] == 143
+    monkeypatch.setattr(Trainer, "step", None)  # no further step
+    assert run_here(*args, "phases.train.steps=1")[0] == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
+
+
 def test_nan_weights_are_skipped_counted_and_end_the_run(run_here, tiny, tmp_path):
     model = changed_model(tiny, tmp_path / "nan_model")
     tensors = load_file(model / "model.safetensors")
@@ -463,7 +480,7 @@ def test_the_best_checkpoint_stays_also_if_its_evaluation_was_cut_short(run_here
                 raise Preempted
             return {"held": scores[step]}
 
-        monkeypatch.setattr("nanolmmr1.run.evaluate.evaluate", evaluate)
+        monkeypatch.setattr("nanolmmr1.run.loop.evaluate", evaluate)
         statuses = [run_here(*args, f"output={out}")[0] for _ in range(len(cut) + 1)]
         assert statuses == [143] * len(cut) + [0]
         found.append(json.loads((out / "summary.json").read_text())["accuracy"])

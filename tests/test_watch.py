@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as td
+from staged import record_stages
 
 from nanolmmr1.errors import Preempted, UserError
 from nanolmmr1.parallel import dist, signals
-from nanolmmr1.parallel.signals import Sign, Watch, blame
+from nanolmmr1.parallel.signals import Heartbeat, Watch, blame
 from nanolmmr1.reward.judge import Worker
+from nanolmmr1.reward.worker import Question
 from nanolmmr1.schema import Reward
 
 HANG_S = 2.0
@@ -38,14 +40,14 @@ def test_a_signal_is_noticed_and_kills_nothing(number, tmp_path):
 
 
 def test_the_status_after_a_signal_is_a_shells():
-    assert {number.name: signals.status_of(number) for number in signals.SIGNALS} == {
+    assert {number.name: Preempted(number).exit_status for number in signals.SIGNALS} == {
         "SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130, "SIGHUP": 129}
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
 def test_before_there_is_anything_to_save_a_signal_ends_the_process(number, tmp_path):
     with Watch(tmp_path, 300, 1800) as run:
-        run.begun = False
+        run.defer = False
         with pytest.raises(KeyboardInterrupt) as stop:
             os.kill(os.getpid(), number)
         assert stop.value.args == (number,)
@@ -53,7 +55,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_process(number, tmp_
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_second_ctrl_c_ends_the_process_at_once(first, tmp_path):
-    code = ("import os, signal, sys\nfrom nanolmmr1.watch import Watch\n"
+    code = ("import os, signal, sys\nfrom nanolmmr1.parallel.signals import Watch\n"
             "with Watch('.', 300, 1800) as run:\n"
             f"    os.kill(os.getpid(), {int(first)})\n    print('asked', flush=True)\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n    print('alive', flush=True)\n")
@@ -86,12 +88,12 @@ def test_a_stage_that_fails_is_left(tmp_path):
         assert (run.stages, run.moves) == ([], 4)
 
 
-def test_stages_are_kept_in_files_where_that_is_asked_for(tmp_path, monkeypatch):
+def test_staged_runs_keep_stages_in_files(tmp_path, request):
     file = tmp_path / ".stage_rank_0"
     with Watch(tmp_path, 300, 1800) as run:
         with run.stage("old", 1):
             assert not file.exists()
-        monkeypatch.setenv(signals.STAGE_FILES, "1")
+        request.addfinalizer(record_stages())
         with run.stage("step", 2), run.stage("gen"):
             assert json.loads(file.read_text()) == {"pid": os.getpid(), "moves": 4, "stage": "gen", "step": 2}
         assert json.loads(file.read_text())["stage"] == ""
@@ -105,7 +107,7 @@ def signs(text):
         word, _, place = word.partition("@")
         stage = "" if word.startswith("0") else "gen"
         moves, silent = int(word.rstrip("!")), word.endswith("!")
-        made.append(Sign(f"host{rank}, pid {rank}", moves, stage, 12, 305.4, place, False, silent))
+        made.append(Heartbeat(f"host{rank}, pid {rank}", moves, stage, 12, 305.4, place, False, silent))
     return made
 
 
@@ -179,7 +181,7 @@ def main(kind, folder):
             worker = Worker(Reward(timeout_s=60.0), [])
             os.killpg(os.getpgid(0), signal.SIGTERM)  # as torchrun does it: to the rank's process group
             assert run.stopping
-            assert worker.ask(["accuracy", "7", "7"]) == {"value": 1.0}
+            assert worker.ask(Question("accuracy", "7", "7")) == {"value": 1.0}
         return
     dist.start("cpu", 60)
     before = signal.getsignal(signal.SIGTERM)

@@ -108,7 +108,7 @@ def test_what_newer_transformers_writes_is_read(micro, tmp_path):
 
 def test_large_models_are_sharded_and_both_read_them(tied, tmp_path, monkeypatch):
     folder, model = tied
-    monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(export, "FILE_BYTES", 200_000)
     sharded = tmp_path / "sharded"
     export.save(model, sharded, folder)
     index = json.loads((sharded / INDEX).read_text())

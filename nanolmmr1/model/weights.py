@@ -1,14 +1,20 @@
-"""Hugging Face folder <-> our model, whole or sharded, tensor by tensor, by safetensors alone.
+"""Reading Hugging Face model folders: config.json and safetensors files.
 
-Two layouts are read: the one published in 2025 (flat config.json; tensors `model.layers.*`,
-`visual.*`, which are our module names) and the one that newer transformers writes (`text_config`;
-`model.language_model.*`, `model.visual.*`). We always write the published names: transformers and
-vLLM both read them. Everything in the folder but weights (config, tokenizer, processor) is copied.
+Two layouts are read: the one published in 2025 (flat config.json; tensors `model.layers.*` and `visual.*`, which are
+our module names) and the one that newer transformers writes (`text_config`; `model.language_model.*`,
+`model.visual.*`). parallel/export.py writes the published layout, which transformers and vLLM both read.
+
+config.json is untrusted: every value is checked before anything of that size is allocated. transformers' config
+classes do not serve: they accept vocab_size=-1, replace missing sizes by defaults and hang on a huge layer count.
+
+Next: ../../kernels/_triton.py, how kernels are launched.
 """
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,17 +26,18 @@ from nanolmmr1.errors import UserError
 from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
 
 INDEX = "model.safetensors.index.json"
-COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model")
-# What a config may claim, so that it is refused before anything of that size is made. Published models are far below.
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model")  # files of a model folder that are copied with the weights
+# Upper limits of config values, far above any published model, and of those not named here.
 MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1024, "depth": 1024, "num_attention_heads": 1024, "num_heads": 1024,
         "num_key_value_heads": 1024, "in_channels": 64, "in_chans": 64, "patch_size": 1024, "spatial_merge_size": 64,
-        "temporal_patch_size": 64, "window_size": 1 << 16}  # fmt: skip
-MOST_SIZE = 1 << 20  # any other whole number, as hidden_size
+        "temporal_patch_size": 64, "window_size": 1 << 16, "mrope_section": 1 << 16, "fullatt_block_indexes": 1024,
+        "rms_norm_eps": 1.0, "rope_theta": 1e18}
+MOST_SIZE = 1 << 20
 SLACK = 1 << 28  # parameters
 
 
-def find(model):
-    """The local folder of a model given as a folder or a hub id (downloaded without weights of other formats).
+def find(model: str) -> Path:
+    """The local folder of a model: a folder, or a hub id, which is downloaded without weights of other formats.
 
     Raises:
         UserError: neither a folder nor a reachable hub id.
@@ -41,16 +48,15 @@ def find(model):
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *COMPANIONS]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model={model!r} is neither a folder here nor a hub id that can be fetched: {reason}"
-        ) from error
+        message = f"model={model!r} is neither a folder here nor a hub id that can be fetched: {reason}"
+        raise UserError(message) from error
 
 
-def read_config(folder):
-    """config.json of either layout as a ModelConfig.
+def read_config(folder: str | Path) -> ModelConfig:
+    """Read and check config.json of either layout.
 
     Raises:
-        UserError: missing or unreadable file, another architecture, or an option we do not compute.
+        UserError: missing or unreadable file, another architecture, an unsupported option, or a wrong value.
     """
     path = Path(folder) / "config.json"
     try:
@@ -59,144 +65,124 @@ def read_config(folder):
         raise UserError(f"{folder} has no config.json: a Hugging Face model folder is needed") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {str(error)!r:.300}") from error
-    if not isinstance(tree, dict) or tree.get("model_type") != "qwen2_5_vl":
-        kind = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
-        raise UserError(f"{folder} holds a {kind!r:.100} model: only Qwen2.5-VL (model_type qwen2_5_vl) is supported")
-    for key in ("text_config", "vision_config", "rope_parameters", "rope_scaling"):
-        for part in (tree, tree.get("text_config")):
-            if isinstance(part, dict) and not isinstance(part.get(key) or {}, dict):
-                raise UserError(f"{path}: {key}={part[key]!r:.100}: named values are needed")
-    text, vision = tree.get("text_config") or tree, tree.get("vision_config") or {}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or tree.get("rope_scaling") or {}
-    for where, key, wanted in (
-        (text, "hidden_act", "silu"),
-        (vision, "hidden_act", "silu"),
-        (text, "use_sliding_window", False),
+    model_type = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
+    if not isinstance(tree, dict) or model_type != "qwen2_5_vl":
+        raise UserError(f"{folder} holds a {model_type!r:.100} model: only Qwen2.5-VL (model_type qwen2_5_vl) is "
+                        "supported")
+    text, vision = _section(path, tree, "text_config") or tree, _section(path, tree, "vision_config")
+    rope = (_section(path, text, "rope_parameters") or _section(path, text, "rope_scaling")
+            or _section(path, tree, "rope_scaling"))
+    for name, value, supported in (
+        ("hidden_act=", text.get("hidden_act", "silu"), ["silu"]),
+        ("hidden_act=", vision.get("hidden_act", "silu"), ["silu"]),
+        ("use_sliding_window=", text.get("use_sliding_window", False), [False]),
+        ("rope type ", rope.get("type", rope.get("rope_type", "mrope")), ["mrope", "default"]),
     ):
-        if where.get(key, wanted) != wanted:
-            raise UserError(f"{path}: {key}={where[key]!r:.100} is not supported, only {wanted!r}")
-    if rope.get("type", rope.get("rope_type", "mrope")) not in ("mrope", "default"):
-        kind = rope.get("type", rope.get("rope_type"))
-        raise UserError(f"{path}: rope type {kind!r:.100} is not supported, only mrope")
-    try:
-        cfg = _config(path, tree, text, vision, rope)
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}: a complete Qwen2.5-VL config is needed") from error
+        if value not in supported:
+            raise UserError(f"{path}: {name}{value!r:.100} is not supported, only {supported[0]!r}")
+    text = text | {
+        "mrope_section": rope.get("mrope_section"),
+        "rope_theta": rope.get("rope_theta") or text.get("rope_theta"),
+        "tie_word_embeddings": tree.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+    }
+    tower = VisionConfig(**_values(path, VisionConfig, {"in_chans": 3} | vision))
+    cfg = ModelConfig(**_values(path, ModelConfig, text), vision=tower)
     _check_config(path, cfg)
     return cfg
 
 
-def _config(path, tree, text, vision, rope):
-    """The ModelConfig of the parts of a config.json. Raises UserError for a value of the wrong kind, KeyError."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    seen = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
-            "spatial_merge_size", "temporal_patch_size", "window_size")  # fmt: skip
-    channels = "in_channels" if "in_channels" in vision else "in_chans"
-    theta = rope if rope.get("rope_theta") else text
-    tied = tree if "tie_word_embeddings" in tree else text
-    if not isinstance(tied.get("tie_word_embeddings", False), bool):
-        raise UserError(f"{path}: tie_word_embeddings={tied['tie_word_embeddings']!r:.100}: true or false is needed")
-    return ModelConfig(
-        **{key: _whole(path, text, key) for key in (*sizes, "vocab_size")},
-        rms_norm_eps=_real(path, text, "rms_norm_eps", 1.0),
-        rope_theta=_real(path, theta, "rope_theta", 1e18),
-        mrope_section=_wholes(path, rope, "mrope_section", 1 << 16),
-        tie_word_embeddings=tied.get("tie_word_embeddings", False),
-        vision=VisionConfig(
-            **{key: _whole(path, vision, key) for key in seen},
-            in_channels=_whole(path, vision, channels) if channels in vision else 3,
-            fullatt_block_indexes=_wholes(path, vision, "fullatt_block_indexes", MOST["depth"]),
-        ),
-    )
-
-
-def _whole(path, tree, key):
-    value, most = tree[key], MOST.get(key, MOST_SIZE)
-    if not _is_whole(value, 1, most):
-        raise UserError(f"{path}: {key}={value!r:.100}: a whole number from 1 to {most} is needed")
+def _section(path: Path, tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A JSON object inside another one; {} if it is missing or empty."""
+    value = tree.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key}={value!r:.100}: named values are needed")
     return value
 
 
-def _wholes(path, tree, key, most):
-    value = tree[key]
-    if not isinstance(value, list) or not all(_is_whole(item, 0, most) for item in value):
-        raise UserError(f"{path}: {key}={value!r:.100}: a list of whole numbers from 0 to {most} is needed")
-    return tuple(value)
+def _values(path: Path, config: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and flags of a config class, each of its field's type and within its limits."""
+    values: dict[str, Any] = {}
+    for name, required in ((field.name, field.type) for field in fields(config) if field.type is not VisionConfig):
+        key = "in_chans" if name == "in_channels" and name not in tree else name
+        if key not in tree:
+            raise UserError(f"{path} lacks {key!r}: a complete Qwen2.5-VL config is needed")
+        value, most = tree[key], MOST.get(key, MOST_SIZE)
+        if required is bool:
+            valid, needed = isinstance(value, bool), "true or false"
+        elif required is int:
+            valid, needed = _is_number(value, int, 1, most), f"a whole number from 1 to {most}"
+        elif required is float:
+            valid = _is_number(value, int | float, 0, most) and 0 < value < most
+            needed = f"a number above 0 and below {most:g}"
+        else:
+            valid = isinstance(value, list) and all(_is_number(item, int, 0, most) for item in value)
+            needed = f"a list of whole numbers from 0 to {most}"
+        if not valid:
+            raise UserError(f"{path}: {key}={value!r:.100}: {needed} is needed")
+        values[name] = tuple(value) if isinstance(value, list) else float(value) if required is float else value
+    return values
 
 
-def _real(path, tree, key, most):
-    value = tree[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:  # NaN is refused too
-        raise UserError(f"{path}: {key}={value!r:.100}: a number above 0 and below {most:g} is needed")
-    return float(value)
+def _is_number(value: Any, types: Any, least: int, most: float) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and least <= value <= most  # NaN is in no range
 
 
-def _is_whole(value, least, most):
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _check_config(path, cfg):
-    """Refuse numbers that do not fit each other, each of which may be right."""
-    heads, vision = cfg.num_attention_heads, cfg.vision
-    for whole, key, part, other in (
-        (cfg.hidden_size, "hidden_size", heads, "num_attention_heads"),
-        (heads, "num_attention_heads", cfg.num_key_value_heads, "num_key_value_heads"),
-        (vision.hidden_size, "vision_config.hidden_size", vision.num_heads * 4, "four times num_heads"),
+def _check_config(path: Path, cfg: ModelConfig) -> None:
+    """Refuse values that do not fit each other."""
+    heads, groups, rope, vision = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.mrope_section, cfg.vision
+    for wrong, problem in (
+        (cfg.hidden_size % heads, f"hidden_size={cfg.hidden_size} must be a multiple of num_attention_heads, {heads}"),
+        (heads % groups, f"num_attention_heads={heads} must be a multiple of num_key_value_heads, {groups}"),
+        (vision.hidden_size % (4 * vision.num_heads), f"vision_config.hidden_size={vision.hidden_size} must be a "
+         f"multiple of four times num_heads, {4 * vision.num_heads}"),
+        (vision.window_size < vision.patch_size * vision.spatial_merge_size,
+         f"vision_config.window_size={vision.window_size} is less than patch_size={vision.patch_size} x "
+         f"spatial_merge_size={vision.spatial_merge_size}"),
+        (len(rope) != 3 or sum(rope) * 2 != cfg.head_dim or vision.out_hidden_size != cfg.hidden_size,
+         f"mrope_section {str(rope):.100} must be three numbers that sum to half the head size {cfg.head_dim}, and "
+         f"vision out_hidden_size {vision.out_hidden_size} must be hidden_size {cfg.hidden_size}"),
     ):
-        if whole % part:
-            raise UserError(f"{path}: {key}={whole} must be a multiple of {other}, {part}")
-    if vision.window_size < vision.patch_size * vision.spatial_merge_size:
-        raise UserError(
-            f"{path}: vision_config.window_size={vision.window_size} is less than patch_size={vision.patch_size} "
-            f"x spatial_merge_size={vision.spatial_merge_size}"
-        )
-    rope = cfg.mrope_section
-    if len(rope) != 3 or sum(rope) * 2 != cfg.head_dim or vision.out_hidden_size != cfg.hidden_size:
-        raise UserError(
-            f"{path}: mrope_section {str(rope):.100} must be three numbers that sum to half the head size "
-            f"{cfg.head_dim}, and vision out_hidden_size {vision.out_hidden_size} must be hidden_size {cfg.hidden_size}"
-        )
+        if wrong:
+            raise UserError(f"{path}: {problem}")
 
 
-def check_size(model, folder):
-    """Refuse a model that has far more parameters than its folder's files can hold, before it has memory.
+def check_size(model: Qwen25VL, folder: str | Path) -> None:
+    """Refuse a model that has far more parameters than the folder's weight files can hold.
+
+    Called before the model has memory. Each parameter takes at least one byte. A smaller excess is left to `fill`,
+    which names the tensor, and a folder without weights is not checked.
 
     Args:
-        model: on the meta device, say. folder: whose config.json described it; without weights there, nothing is known.
+        model: on the meta device. folder: of the config.json that describes it.
 
     Raises:
-        UserError: a parameter takes a byte at least. What is a little too large for its files, `fill` tells better.
+        UserError: config.json and weights are of different models, or a shard is missing.
     """
-    held = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    wanted = sum(math.prod(p.shape) for p in model.parameters())
-    if held and wanted > held + SLACK:
-        raise UserError(
-            f"{Path(folder) / 'config.json'} describes {wanted:,} parameters, but the .safetensors files beside it "
-            f"have {held:,} bytes: they are of another model, or incomplete"
-        )
+    stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    parameters = sum(math.prod(p.shape) for p in model.parameters())
+    if stored and parameters > stored + SLACK:
+        raise UserError(f"{Path(folder) / 'config.json'} describes {parameters:,} parameters, but the .safetensors "
+                        f"files beside it have {stored:,} bytes: they are of another model, or incomplete")
 
 
-def published_name(name):
-    """Tensor name as published in 2025, from either layout."""
-    for ours, theirs in (
-        ("model.", "model.language_model."),
-        ("visual.", "model.visual."),
-        ("model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
+def published_name(name: str) -> str:
+    """The tensor's name in the layout of 2025, from either layout."""
+    for theirs, ours in (("model.language_model.", "model."), ("model.visual.", "visual."),
+                         ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")):
         if name.startswith(theirs):
-            return ours + name[len(theirs) :]
+            return ours + name.removeprefix(theirs)
     return name
 
 
-def load(folder, dtype=torch.float32, device="cpu", empty=False):
-    """The whole model of a folder; the peak is the model and one tensor.
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+         empty: bool = False) -> Qwen25VL:
+    """Read a whole model; peak memory is the model and one tensor.
 
     Args:
-        empty: read its config alone, for a model whose weights are about to come from elsewhere.
+        empty: leave the weights uninitialised, for a model that gets them from elsewhere.
 
     Raises:
-        UserError: see `fill`.
+        UserError: see `read_config`, `check_size` and `fill`.
     """
     with torch.device("meta"):
         model = Qwen25VL(read_config(folder)).to(dtype)
@@ -207,62 +193,65 @@ def load(folder, dtype=torch.float32, device="cpu", empty=False):
     return model
 
 
-def fill(model, folder):
-    """Read a folder's weights into a Qwen25VL that has its memory: whole, or of FSDP's, then each rank its own shards.
+def fill(model: Qwen25VL, folder: str | Path) -> None:
+    """Read a folder's weights into an allocated model, tensor by tensor.
 
-    Tensors are read one at a time, and the ranks say nothing to each other: an error of one is its own.
+    With FSDP every rank reads all tensors and copies its own shards, without communication. So ranks may raise
+    different errors.
 
     Raises:
-        UserError: missing shard, missing, unexpected or misshapen tensor, or a damaged file.
+        UserError: missing shard; missing, unexpected or misshapen tensor; damaged file.
     """
     folder = Path(folder)
-    wanted = dict(model.named_parameters())
-    missing = dict.fromkeys(wanted)
-    for path in _shards(folder):
+    parameters = dict(model.named_parameters())
+    missing = dict.fromkeys(parameters)
+    for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118, safe_open is no mapping
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, safe_open is no mapping
                     ours = published_name(name)
                     if ours == "lm_head.weight" and model.cfg.tie_word_embeddings:
-                        continue  # some folders write the tied head once more
-                    if ours not in wanted:
+                        continue  # some folders repeat the tied head
+                    if ours not in parameters:
                         raise UserError(f"{path}: unexpected tensor {name!r:.200}; the config describes another model")
-                    tensor, shape = shard.get_tensor(name), wanted[ours].shape
+                    tensor, shape = file.get_tensor(name), parameters[ours].shape
                     if tensor.shape != shape:
                         raise UserError(f"{path}: {ours} is {tuple(tensor.shape)}, the config wants {tuple(shape)}")
-                    _copy(tensor, wanted[ours].detach())
+                    _copy(tensor, parameters[ours].detach())
                     missing.pop(ours, None)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({str(error)!r:.300}): fetch the file again") from error
     if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} tensors, {next(iter(missing))} first: a shard is missing"
-        )
+        raise UserError(f"{folder} lacks {len(missing)} of {len(parameters)} tensors, {next(iter(missing))} first: a "
+                        "shard is missing")
 
 
-def _copy(tensor, out):
-    """A whole tensor into one that may hold a shard of it: without communication, and also where that is offloaded."""
+def _copy(tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy a whole tensor into a parameter or, of a sharded one, this rank's shard; it may be offloaded to the CPU."""
     if isinstance(out, DTensor):
         tensor = distribute_tensor(tensor, out.device_mesh, out.placements, src_data_rank=None).to_local()
         out = out.to_local()
     out.copy_(tensor)
 
 
-def _shards(folder):
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files of a folder: those of its index, or all of them if it has none.
+
+    Raises:
+        UserError: no such file, or a damaged index, or one that names files which are missing or outside the folder.
+    """
     index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index} is not a weight index: {str(error)!r:.300}") from error
-        if outside:
-            raise UserError(f"{index} names files outside its folder")
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise UserError(f"{folder} lacks {len(absent)} of {len(names)} shards: {str(absent[:3])[1:-1]:.300}")
-        return [folder / name for name in names]
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder} has no .safetensors file: other weight formats are not read")
-    return paths
+    if not index.is_file():
+        if not (paths := sorted(folder.glob("*.safetensors"))):
+            raise UserError(f"{folder} has no .safetensors file: other weight formats are not read")
+        return paths
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is not a weight index: {str(error)!r:.300}") from error
+    if outside:
+        raise UserError(f"{index} names files outside its folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder} lacks {len(absent)} of {len(names)} shards: {str(absent[:3])[1:-1]:.300}")
+    return [folder / name for name in names]

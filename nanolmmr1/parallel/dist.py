@@ -1,10 +1,10 @@
-"""Ranks: who is one, and the little that they tell each other outside of FSDP.
+"""Process group setup, and the few collectives used outside FSDP.
 
-A run is one process, or what torchrun started: then every rank walks through the same program, and what decides its
-way (rows, rewards, checkpoints, errors) is known to all of them in the same words. Messages are bytes or numbers on the
-CPU, by gloo; nothing is pickled.
+A run is one process, or the ranks that torchrun started. All ranks execute the same program, so everything that decides
+its course (rows, rewards, checkpoints, errors) must be equal on all of them. Messages are bytes or CPU tensors, sent by
+gloo; nothing is pickled.
 
-Next: shard.py, how a model lies on the ranks.
+Next: fsdp.py, sharding.
 """
 
 import functools
@@ -13,77 +13,86 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as td
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanolmmr1.errors import SharedError, UserError
+from nanolmmr1.errors import Preempted, SharedError, UserError
 
-launch = None  # a name of what started these ranks, kept over restarts, on rank 0; None until they have met
-_shard_alone = False  # see start
+T = TypeVar("T")
+
+launch: str | None = None  # random name of this torchrun launch, equal after restarts; on rank 0, None before start()
+_shard_alone = False  # see start()
+_PREEMPTED = b"\0preempted"  # message of a rank that was asked to stop
 
 
-def start(device, timeout_s, shard_alone=False):
-    """Join the other ranks. Without torchrun there are none, and a group only where FSDP needs one.
+def start(device: str, timeout_s: float, shard_alone: bool = False) -> None:
+    """Create the process group. Without torchrun there is none, unless FSDP needs one.
 
     Args:
         device: "cpu" or "cuda". timeout_s: a collective that takes longer ends the process.
-        shard_alone: let FSDP have the model of a single rank too, as offloading needs it. Else it stays plain: over one
-            rank FSDP would cast, copy and divide for nothing.
+        shard_alone: wrap the model of a single rank with FSDP too, which offloading needs. Otherwise it stays plain:
+            FSDP on one rank would only cast and copy.
+
+    Raises:
+        UserError: fewer GPUs than processes on this host; a rank that did not arrive in time.
     """
     global launch, _shard_alone
     _shard_alone = shard_alone
     if td.is_initialized() or not (launched() or shard_alone):
         return
     if device == "cuda" and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > torch.cuda.device_count():
-        # Of all ranks of the host, so that none waits for another.
+        # Checked on every rank of the host, so that none waits for another.
         raise UserError(
             f"{local} processes on this host, and each sees {torch.cuda.device_count()} GPUs: lower --nproc_per_node, "
             "or let every process see all of them"
         )
-    # gloo beside NCCL: for messages, and for what is offloaded to the CPU.
+    # gloo beside NCCL: for messages, and for tensors that are offloaded to the CPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    store, own, count, name = td.HashStore(), 0, 1, ""
+    store: td.Store = td.HashStore()
+    own_rank, count, name = 0, 1, ""
     if launched():
-        store, own, count = next(td.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        if own == 0:  # torchrun's store lives as long as the launch, whatever the ranks do
+        store, own_rank, count = next(td.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        if own_rank == 0:  # torchrun's store lives as long as the launch, through restarts of its ranks
             name = store.compare_set("launch", "", uuid.uuid4().hex).decode()
-        store = td.PrefixStore(_new_name(store, own, count, timeout_s), store)
+        store = td.PrefixStore(_fresh_prefix(store, own_rank, count, timeout_s), store)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    td.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timedelta(seconds=timeout_s))
+    td.init_process_group(backend, store=store, rank=own_rank, world_size=count, timeout=timedelta(seconds=timeout_s))
     launch = name
 
 
-def _new_name(store, rank, count, timeout_s):
-    """A name that these ranks agree on and none before them had, 32 hex digits.
+def _fresh_prefix(store: td.Store, rank: int, count: int, timeout_s: float) -> str:
+    """A key prefix of 32 hex digits that these ranks agree on and no earlier ones used.
 
-    torchrun keeps one store over its restarts. In it lie the addresses of the ranks it has ended, and who reads one of
-    these too early waits for a process that is gone. How often it has restarted them is no name: hosts count apart.
+    After a restart torchrun's store still holds the addresses of dead ranks, and connecting to one hangs. Therefore
+    each group of ranks uses a new prefix. TORCHELASTIC_RESTART_COUNT would not do: each host counts its own restarts.
     """
-    own = uuid.uuid4().hex
+    name = uuid.uuid4().hex
     if rank:
-        store.set(f"new/{rank}", own)
-        name = store.get(f"name/{own}").decode()  # waits for rank 0's answer to this very process
-        store.set(f"{name}/knows/{rank}", "")
-        return name
-    others, deadline = range(1, count), time.monotonic() + timeout_s
-    while others := [r for r in others if not store.check([f"{own}/knows/{r}"])]:
-        for asking in [f"new/{r}" for r in others if store.check([f"new/{r}"])]:
-            store.set(f"name/{store.get(asking).decode()}", own)  # perhaps of an old one, which nobody reads
+        store.set(f"new/{rank}", name)
+        prefix = store.get(f"name/{name}").decode()  # waits until rank 0 answers this very process
+        store.set(f"{prefix}/knows/{rank}", "")
+        return prefix
+    missing, deadline = list(range(1, count)), time.monotonic() + timeout_s
+    while missing := [r for r in missing if not store.check([f"{name}/knows/{r}"])]:
+        for request in [f"new/{r}" for r in missing if store.check([f"new/{r}"])]:
+            store.set(f"name/{store.get(request).decode()}", name)  # answering a dead rank is harmless
         if time.monotonic() > deadline:
-            raise UserError(f"ranks {others} were not there within dist.timeout_s={timeout_s:g} s: see their output")
+            raise UserError(f"ranks {missing} were not there within dist.timeout_s={timeout_s:g} s: see their output")
         time.sleep(0.02)
-    return own
+    return name
 
 
-def leave(status=0):
-    """End this process, and leave the others if it has met any.
+def leave(status: int = 0) -> NoReturn:
+    """End this process, bypassing the interpreter's shutdown where there is a process group.
 
-    Without the interpreter's own way out: gloo's threads may still hold the last message, free it while Python is being
-    taken down, and abort a process that has done all its work (pytorch/pytorch#179291).
+    gloo's threads may still hold the last message; freed while Python shuts down, it aborts a process that has finished
+    its work (pytorch/pytorch#179291).
     """
     if not launched():
         sys.exit(status)
@@ -92,40 +101,41 @@ def leave(status=0):
     os._exit(status)
 
 
-def launched():
-    """Whether torchrun, or something like it, started this process."""
+def launched() -> bool:
+    """Whether torchrun or a similar launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def sharded():
-    """Whether models are FSDP's."""
+def sharded() -> bool:
+    """Whether models are wrapped by FSDP."""
     return td.is_initialized() and (size() > 1 or _shard_alone)
 
 
-def rank():
-    """Also before the others are met, and after they are left."""
+def rank() -> int:
+    """This process's rank; works before init_process_group and after destroy_process_group."""
     return td.get_rank() if td.is_initialized() else int(os.environ["RANK"]) if launched() else 0
 
 
-def size():
+def size() -> int:
+    """Number of ranks."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
-def is_main():
-    """Whether this rank writes what is written once."""
+def is_main() -> bool:
+    """Whether this is rank 0, which writes logs and files."""
     return rank() == 0
 
 
-def is_host_main():
-    """Whether this rank does what is done once a host."""
+def is_host_main() -> bool:
+    """Whether this is the first rank of its host, which downloads."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def mesh(device, over, timeout_s):
-    """The DeviceMesh of FSDP: one axis, or for over="host" two: replicated over hosts, sharded inside each.
+def mesh(device: str, over: str, timeout_s: float) -> DeviceMesh:
+    """The DeviceMesh of FSDP: one axis, or with over="host" (HSDP) two: replicated over hosts, sharded inside each.
 
     Args:
-        timeout_s: of the axes' own groups, which would not have it from `start`.
+        timeout_s: of the axes' process groups, which do not inherit it.
 
     Raises:
         SharedError: the hosts run different numbers of ranks.
@@ -133,8 +143,8 @@ def mesh(device, over, timeout_s):
     return _mesh(td.group.WORLD, device, over, timeout_s)
 
 
-@functools.lru_cache(1)  # a reference lies on the policy's: every mesh of hosts has communicators of its own
-def _mesh(world, device, over, timeout_s):
+@functools.lru_cache(1)  # policy and reference share one: every HSDP mesh creates communicators
+def _mesh(world: td.ProcessGroup, device: str, over: str, timeout_s: float) -> DeviceMesh:
     if over == "all":
         return init_device_mesh(device, (size(),), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -142,20 +152,20 @@ def _mesh(world, device, over, timeout_s):
         raise SharedError("dist.shard=host: the hosts run different numbers of ranks; use dist.shard=all")
     ranks, timeout = torch.arange(size()).view(-1, local), timedelta(seconds=timeout_s)
     groups = []
-    for axis in (ranks.T, ranks):  # all ranks make all groups, in one order, and keep their own
-        made = [(own, td.new_group(own, timeout=timeout)) for own in axis.tolist()]
-        groups.append(next(group for own, group in made if rank() in own))
+    for axis in (ranks.T, ranks):  # all ranks create all groups in one order, and each keeps the one it is in
+        created = [(members, td.new_group(members, timeout=timeout)) for members in axis.tolist()]
+        groups.append(next(group for members, group in created if rank() in members))
     return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def my_slice(count, parts=None, part=None):
-    """The slice of `count` things that falls to this rank, or to one of `parts`: contiguous, and as even as can be."""
+def my_slice(count: int, parts: int | None = None, part: int | None = None) -> slice:
+    """The contiguous slice of `count` items for this rank, or for one of `parts`; sizes differ by one at most."""
     parts, part = size() if parts is None else parts, rank() if part is None else part
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-def gather(data):
-    """Every rank's bytes, in order of rank."""
+def gather(data: bytes) -> list[bytes]:
+    """All-gather bytes; one entry per rank."""
     if size() == 1:
         return [data]
     own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
@@ -169,65 +179,69 @@ def gather(data):
     return [blob[:n].numpy().tobytes() for blob, n in zip(blobs, sizes.tolist(), strict=True)]
 
 
-def all_reduce_sum(tensor):
-    """The sum over ranks of a CPU tensor, in place."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a CPU tensor over ranks, in place."""
     if size() > 1:
         td.all_reduce(tensor)
     return tensor
 
 
-def any_of(flag):
-    """Whether the flag is set on some rank."""
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank."""
     return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
-def barrier():
+def barrier() -> None:
+    """Wait for all ranks. td.barrier would choose a GPU, perhaps before one is set."""
     if size() > 1:
-        td.all_reduce(torch.zeros(1))  # td.barrier would pick a GPU, perhaps before there is one
+        td.all_reduce(torch.zeros(1))
 
 
-def on_main(work):
-    """What `work()` gives on the main rank, JSON-able, on all; what is wrong there is wrong everywhere.
+def on_main(work: Callable[[], T]) -> T:
+    """Run `work()` on rank 0 and broadcast its result, which must be JSON-able.
 
     Raises:
-        SharedError: the main rank had a UserError. Of a single process it is that error itself.
+        SharedError: rank 0 raised a UserError. A single process raises that error itself.
     """
     if size() == 1:
         return work()
-    done = together(lambda: json.dumps(work()) if is_main() else "")
-    return json.loads(gather(done.encode())[0])
+    message = together(lambda: json.dumps(work()) if is_main() else "")
+    return json.loads(gather(message.encode())[0])
 
 
-def together(work):
-    """Every rank's own `work()`; where one has a UserError, or no memory, all raise the first, and none waits for
-    another.
+def together(work: Callable[[], T]) -> T:
+    """Run `work()` on every rank; if it fails on one, raise on all, so that none waits in a collective for it.
 
     Raises:
-        SharedError: of a single process it is a UserError.
+        Preempted, SharedError: see `raise_together`.
     """
-    done, error = None, None
     try:
-        done = work()
-    except UserError as caught:
+        result, error = work(), None
+    except (UserError, Preempted) as caught:
         error = caught
     except torch.OutOfMemoryError as caught:
         error = UserError(str(caught).strip().partition("\n")[0])
         error.__cause__ = caught
-    if size() > 1:
-        share_error(str(error or ""))
-    elif error:
-        raise error
-    return done
+    raise_together(error)
+    return result
 
 
-def share_error(text):
-    """Raises SharedError on all ranks where some rank's text is not empty."""
-    share_errors([told.decode() for told in gather(text.encode())])
+def raise_together(error: UserError | Preempted | None) -> None:
+    """Raise the first rank's error on all ranks, if any rank has one. A collective: the only way errors are shared.
 
-
-def share_errors(texts):
-    """Raises SharedError with the first text that is not empty; texts: one a rank."""
-    wrong = [(r, text) for r, text in enumerate(texts) if text]
-    if wrong:
-        first, text = wrong[0]
-        raise SharedError(f"rank {first}: {text}" if first and len(wrong) < len(texts) else text)
+    Raises:
+        Preempted: some rank was asked to stop. SharedError: some rank had a UserError; the message names the rank,
+        unless all ranks failed. A single process raises its error itself.
+    """
+    if size() == 1:
+        if error:
+            raise error
+        return
+    message = b"" if error is None else _PREEMPTED if isinstance(error, Preempted) else str(error).encode()
+    messages = gather(message)
+    if _PREEMPTED in messages:
+        raise Preempted
+    failed = [(r, text.decode()) for r, text in enumerate(messages) if text]
+    if failed:
+        first, text = failed[0]
+        raise SharedError(f"rank {first}: {text}" if first and len(failed) < len(messages) else text) from error

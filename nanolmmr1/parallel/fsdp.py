@@ -1,59 +1,70 @@
-"""How a model lies on the ranks: FSDP2, a unit for every block.
+"""FSDP2 sharding of the model, one unit per block.
 
-    language block, vision block   gathered when its turn comes, in the compute dtype, and dropped after it
-    vision tower                   patch embedding and merger: gathered only where a pack has images, as its blocks are
-    root                           embedding, final norm and head: gathered once a pass, kept until its end, in the
-                                   master dtype
+    language block, vision block   gathered in the compute dtype for its forward and backward pass, then freed
+    vision tower                   patch embedding and merger: gathered only if a pack has images, like its blocks
+    root                           embedding, final norm and head: gathered once per pass in the master dtype, and freed
+                                   at its end
 
-The root keeps its precision because the head's gradient is summed over chunks in fp32: a 16-bit weight would round that
-sum before it is reduced, and need one more copy of it. The residual stream is fp32 for the same reason as without
-FSDP (autocast, see policy.py), so no unit casts its inputs.
+The root keeps the master dtype because the head's gradient is summed over chunks in fp32: a 16-bit weight would round
+that sum before it is reduced, and need another copy of it. The residual stream has the embedding's dtype, as it has
+without FSDP (autocast, see update/policy.py), so no unit casts its inputs.
 
-Gradients are summed over ranks, not averaged: the weight of each token already holds the one denominator of the
-optimiser step. They are reduced inside a host after every micro-batch: to do so after the last alone would keep a whole
-unsharded gradient on every rank. Over hosts (HSDP) they are summed once an update, see `sum_over_hosts`.
+Gradients are summed over ranks, not averaged: each token's weight already contains the denominator of the optimizer
+step. They are reduce-scattered inside a host after every micro-batch, since accumulating unsharded gradients would need
+a whole gradient per rank. Over hosts (HSDP) they are all-reduced once per update, see `sum_over_hosts`.
+
+Next: export.py, gathering weights.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from nanolmmr1.model import weights
 from nanolmmr1.model.qwen import Qwen25VL
-from nanolmmr1.parallel import dist
 
 
-def load_sharded(folder, dist_cfg, device, dtype, master=torch.float32, offload=False, empty=False):
-    """The model of a folder, each rank holding its shard alone: no rank ever holds the whole.
+def load_sharded(
+    folder: Path,
+    mesh: DeviceMesh,
+    device: str,
+    dtype: torch.dtype,
+    master: torch.dtype = torch.float32,
+    offload: bool = False,
+    empty: bool = False,
+) -> Qwen25VL:
+    """Load a model folder with FSDP; each rank reads and holds only its shards.
 
     Args:
-        dist_cfg: schema.Dist. device: "cpu" or "cuda", where it computes. dtype: of the blocks' computation.
-        master: of what is stored. offload: shards live on the CPU. empty: see weights.load.
+        device: where it computes. dtype: of the blocks' computation. master: dtype of the stored weights.
+        offload: keep the shards on the CPU. empty: leave memory uninitialized, for a checkpoint that is read next.
 
     Raises:
-        UserError: see weights.fill, dist.mesh.
+        UserError: see weights.fill.
     """
     with torch.device("meta"):
         model = Qwen25VL(weights.read_config(folder)).to(master)
     weights.check_size(model, folder)
-    shard(model, dist.mesh(device, dist_cfg.shard, dist_cfg.timeout_s), dtype, offload)
+    shard(model, mesh, dtype, offload)
     model.to_empty(device="cpu" if offload else device)
     if not empty:
         weights.fill(model, folder)
     return model
 
 
-def shard(model, mesh, dtype, offload=False):
-    """Apply fully_shard to a Qwen25VL, in place."""
+def shard(model: Qwen25VL, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False) -> None:
+    """Apply fully_shard to a model, in place."""
 
-    def unit(module, param_dtype=None, **options):
-        precision = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    def unit(module: nn.Module, param_dtype: torch.dtype | None = None, reshard_after_forward: bool = True) -> None:
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=precision,
+            mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
-            **options,
+            reshard_after_forward=reshard_after_forward,
         )
 
     for block in (*model.visual.blocks, *model.model.layers):
@@ -62,27 +73,29 @@ def shard(model, mesh, dtype, offload=False):
     unit(model, reshard_after_forward=False)
     for module in units(model):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
-def sum_over_hosts(model, language, vision):
-    """HSDP: whether the next backward pass sums gradients over hosts too. Until one does, they add up in each host, in
-    fp32 and on the device.
+def sum_over_hosts(model: nn.Module, language: bool, vision: bool) -> None:
+    """HSDP: choose whether the next backward pass all-reduces gradients over hosts.
+
+    Until one does, gradients accumulate inside each host, in fp32 on the device.
 
     Args:
-        language: of the language model, which every micro-batch meets; vision: of the tower, where it has images.
+        language: for the language model. vision: for the vision tower, which takes part only in packs with images.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(language)
+        assert isinstance(model.visual, FSDPModule)
         model.visual.set_requires_all_reduce(vision)
 
 
-def reshard(model):
-    """After a pass that no backward pass follows, for which the root stays whole: it would miss the next update."""
+def reshard(model: nn.Module) -> None:
+    """Free the gathered root after a forward-only pass; it would keep stale weights after the next update."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def units(model: nn.Module):
+def units(model: nn.Module) -> list[FSDPModule]:
     """The model's FSDP units."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,60 +1,72 @@
-"""Held-out accuracy by task: greedy answers, judged by the accuracy reward alone."""
+"""Held-out accuracy by task: greedy answers, scored by the accuracy reward alone.
+
+Next: checkpoint.py, atomic checkpoints.
+"""
+
+import functools
+from collections.abc import Callable
 
 import torch
 
-from nanolmmr1.errors import Preempted, UserError
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row
+from nanolmmr1.errors import Preempted
 from nanolmmr1.parallel import dist
-from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.report.display import Display
+from nanolmmr1.reward.judge import Judge
+from nanolmmr1.rollout.sampler import Sampler, SamplingParams
 
-ROWS = 256  # a rank prepares at a time: bounds the prompts held in memory
+ROWS = 256  # prepared at a time by a rank: bounds the prompts held in memory
+
+Tasks = dict[str, tuple[list[Row], bool]]  # name -> rows, whether captions are shown
 
 
-def evaluate(tasks, sampler, processor, judge, max_tokens, display, check=lambda done: None):
-    """Fraction of right answers per task, each rank answering its share.
+def evaluate(
+    tasks: Tasks,
+    sampler: Sampler,
+    processor: Processor,
+    judge: Judge,
+    max_tokens: int,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Fraction of right answers per task; each rank answers its share of the rows.
 
     Args:
-        tasks: name -> (rows, captions).
-        max_tokens: of an answer; a longer one is judged as far as it goes.
-        check: called between prompts and between tokens; may raise Preempted, which all ranks then do.
+        max_tokens: of an answer; a longer one is truncated and judged as it stands.
+        should_stop: asked between prompts and between tokens.
 
-    Returns:
-        {task: fraction}
+    Raises:
+        Preempted: on all ranks, after `should_stop` was True on one.
+        UserError: a reward function or the sampler failed.
     """
     params = SamplingParams(
         1, max_tokens, temperature=0.0, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids
     )
+    engines, engine = dist.size() // sampler.ranks_per_engine, dist.rank() // sampler.ranks_per_engine
+    counts = dist.rank() % sampler.ranks_per_engine == 0  # ranks of one engine answer the same rows
     accuracy = {}
-    parts, part = dist.size() // sampler.ranks, dist.rank() // sampler.ranks
     for name, (rows, captions) in tasks.items():
-        right, error = torch.zeros(2), ""  # right answers, and ranks that are to stop
-        own = rows[dist.my_slice(len(rows), parts, part)]
-        with display.busy(f"evaluating {name}", len(own)) as advance:
+        mine = rows[dist.my_slice(len(rows), engines, engine)]
+        with display.busy(f"evaluating {name}", len(mine)) as advance:
 
-            def told(done, advance=advance):
-                check(done)
-                advance(done)
+            def answer(chunk: list[Row], captions: bool = captions, advance: Callable[[int], None] = advance) -> float:
+                prompts = []
+                for row in chunk:
+                    if should_stop():
+                        raise Preempted
+                    prompts.append(processor.prepare(row, captions))
+                seeds = [(0,)] * len(prompts)
+                groups = sampler.generate(prompts, params, seeds, on_progress=advance, should_stop=should_stop)
+                texts = [processor.decode(group.responses[0].ids) for group in groups]
+                scores = judge.score([(text, row.public()) for text, row in zip(texts, chunk, strict=True)])
+                return sum(score["accuracy"] for score in scores)
 
-            try:
-                for start in range(0, len(own), ROWS):
-                    some, prompts = own[start : start + ROWS], []
-                    for row in some:
-                        check(0)
-                        prompts.append(processor.prepare(row, captions))
-                    groups = sampler.generate(prompts, params, [(0,)] * len(prompts), told)
-                    texts = [processor.decode(group.responses[0].ids) for group in groups]
-                    verdicts = judge.score([(text, row.public()) for text, row in zip(texts, some, strict=True)])
-                    right[0] += sum(verdict["accuracy"] for verdict in verdicts)
-            except Preempted:
-                right[1] = 1
-            except UserError as caught:
-                if dist.size() == 1:
-                    raise
-                error = str(caught)
-            if dist.rank() % sampler.ranks:
-                right[0] = 0  # another rank of the same engine has counted these
-            right, stopping = dist.all_reduce_sum(right).tolist()
-        if stopping:
-            raise Preempted
-        dist.share_error(error)
-        accuracy[name] = right / len(rows)
+            chunks = [mine[start : start + ROWS] for start in range(0, len(mine), ROWS)]
+            right = dist.together(functools.partial(_sum, answer, chunks))
+        accuracy[name] = float(dist.all_reduce_sum(torch.tensor(float(right * counts)))) / len(rows)
     return accuracy
+
+
+def _sum(answer: Callable[[list[Row]], float], chunks: list[list[Row]]) -> float:
+    return sum(map(answer, chunks))

@@ -1,9 +1,9 @@
-"""The run folder: a run owns it, resumes in it, and says what has changed since.
+"""Ownership of the output folder, and changes since the last start of a resumed run.
 
-A run writes only to a folder that was empty or carries its mark, the file MARK. What it replaces there are the names in
-REPLACED and nothing else; no model or data of the run may lie under one of these.
+A run writes only to a folder that was empty or contains its marker file MARK. It replaces the names in REPLACED and
+nothing else; the run's model and data must not be under one of these.
 
-Next: setup.py, what must be there before the first step.
+Next: plan.py, memory before anything runs.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,23 +23,25 @@ from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import dist
 from nanolmmr1.run import manifest
+from nanolmmr1.run.checkpoint import Checkpoints
 from nanolmmr1.run.trainer import Progress
+from nanolmmr1.schema import Recipe
 
-MARK = ".nanolmmr1"  # holds the launch (see dist.launch) that began the run
-LOCK_WAIT_S = 60.0  # for the lock of a run that was killed a moment ago
+MARK = ".nanolmmr1"  # contains the torchrun launch (dist.launch) that started the run
+LOCK_WAIT_S = 60.0  # how long to wait for the lock of a run that was just killed
 REPLACED = ("checkpoints", "reference", "model", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "summary.json",
             "report.html", "server.key")  # fmt: skip
-SILENT = ("resume", "output", "plan.")  # keys that a resumed run may change without a word
+SILENT = ("resume", "output", "plan.")  # keys that a resumed run may change without a note
 
 
 @contextlib.contextmanager
-def locked(run):
-    """Own the run folder and lock it, so that two runs never write one: the main rank does it for all.
+def locked(run: Path) -> Iterator[None]:
+    """Claim and lock the run folder, so that no other run writes to it; the main rank does it for all.
 
-    Ranks that torchrun may have started anew wait for what is left of their forerunners.
+    Ranks that torchrun restarted wait until the killed ones have released the lock.
 
     Raises:
-        UserError: it holds what no run has left, another run holds it, or it cannot be written.
+        UserError: the folder contains files of no run, another run is writing it, or it is not writable.
     """
     with contextlib.ExitStack() as held:
         dist.on_main(lambda: held.enter_context(_lock(run)))
@@ -45,7 +49,7 @@ def locked(run):
 
 
 @contextlib.contextmanager
-def _lock(run):
+def _lock(run: Path) -> Iterator[None]:
     try:
         claim(run)
         file = open(run / ".lock", "w")
@@ -68,11 +72,11 @@ def _lock(run):
         yield
 
 
-def claim(run):
-    """Mark an empty or new folder as a run's.
+def claim(run: Path) -> None:
+    """Mark a new or empty folder as a run's.
 
     Raises:
-        UserError: it holds files that no run has left, or lies in what another run replaces. OSError: the disk's.
+        UserError: it contains files of no run, or is inside a folder that another run replaces. OSError: disk error.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"output={run} cannot be written, as it is a file: give a folder, or the name of a new one")
@@ -83,7 +87,7 @@ def claim(run):
     run.mkdir(parents=True, exist_ok=True)
     if (run / MARK).is_file():
         return
-    foreign = {path.name for path in run.iterdir()} - {"lost+found"}  # of an empty disk
+    foreign = {path.name for path in run.iterdir()} - {"lost+found"}  # every new ext4 disk has it
     if foreign:
         some = ", ".join(map(repr, sorted(foreign)[:3]))
         raise UserError(
@@ -93,24 +97,24 @@ def claim(run):
     files.write_atomically(run / MARK, b"")
 
 
-def check_sources(cfg):
-    """Refuse a model, data or reward functions that lie where this run replaces files.
+def check_sources(cfg: Recipe) -> None:
+    """Refuse a model, data or reward functions under a path that this run replaces.
 
     Raises:
         UserError: naming key and path.
     """
-    run = Path(os.path.realpath(cfg.output))  # Path.resolve raises at a loop of links
+    run = Path(os.path.realpath(cfg.output))  # Path.resolve raises on a loop of links
     for key, source in _sources(cfg):
-        path = os.path.expanduser(source)
-        path = Path(os.path.realpath(path if os.path.exists(path) else path.rpartition("@")[0] or path))
+        name = os.path.expanduser(source)
+        path = Path(os.path.realpath(name if os.path.exists(name) else name.rpartition("@")[0] or name))
         inside = path.relative_to(run).parts[:1] if path.is_relative_to(run) else None
         if inside == () or (inside and inside[0] in REPLACED):
             raise UserError(f"{key}={source} lies in output={cfg.output}, where this run replaces files: "
                             "choose another output")
 
 
-def _sources(cfg):
-    """(key, path) of all that a recipe reads; what is no path here is one that does not exist."""
+def _sources(cfg: Recipe) -> Iterator[tuple[str, str]]:
+    """Key and path of everything that a recipe reads; a hub id looks like a path that does not exist."""
     yield "model", cfg.model
     listed = [(f"phases.{name}.data", phase.data) for name, phase in cfg.phases.items()]
     listed += [(f"evaluate.tasks.{name}.data", task["data"]) for name, task in cfg.evaluate.tasks.items()]
@@ -119,49 +123,51 @@ def _sources(cfg):
     yield from (("reward.functions", str(spec).rpartition(":")[0]) for spec in cfg.reward.functions)
 
 
-def find_progress(cfg, run, checkpoints, note):
-    """Where the run stands, from its newest whole checkpoint; says what the recipe has changed since.
+def find_progress(
+    cfg: Recipe, run: Path, checkpoints: Checkpoints, note: Callable[[str], None]
+) -> tuple[Progress, Path | None, dict[str, str]]:
+    """Position of the run, from its newest complete checkpoint; notes changes of the recipe since.
 
     Returns:
-        Progress, the checkpoint's folder, {phase: hash of its rows} as it was; Progress(), None, {} where there is none
+        Position, the checkpoint's folder, and its row hashes by phase; Progress(), None, {} if there is no checkpoint.
 
     Raises:
-        UserError: the folder holds another run, or one that is not to be resumed.
+        UserError: the folder contains another run, or a run that must not be resumed.
     """
     progress, latest = checkpoints.newest(Progress)
-    mark = run / MARK  # torchrun's ranks, started anew, go on even with resume=never
-    ours = dist.on_main(lambda: bool(dist.launch) and mark.read_bytes() == dist.launch.encode())
+    mark = run / MARK  # ranks restarted by torchrun resume even with resume=never
+    ours = dist.on_main(lambda: bool(dist.launch) and mark.read_bytes() == (dist.launch or "").encode())
     if latest and cfg.resume == "never" and not ours:
         raise SharedError(
             f"output={run} holds a run already ({latest.name}): choose another output, or resume=auto to go on"
         )
-    if not latest:
+    if progress is None or latest is None:
         dist.on_main(lambda: files.write_atomically(mark, (dist.launch or "").encode()))
         return Progress(), None, {}
     then = dist.on_main(lambda: {key: manifest.read(latest)[key] for key in ("recipe", "rows")})
     changed = changes(then["recipe"], config.dump(cfg))
     for key, was, now in changed:
         if key == "seed" or (key == "model" and cfg.resume != "changed"):
-            raise SharedError(f"output={run} holds a run with {key}={was}, not {now}: choose another output, or "
-                                   f"give the same {key}" + (", or resume=changed" if key == "model" else ""))
+            cure = f"give the same {key}" + (", or resume=changed" if key == "model" else "")
+            raise SharedError(f"output={run} holds a run with {key}={was}, not {now}: choose another output, or {cure}")
     was, now = list(yaml.safe_load(then["recipe"])["phases"]), list(cfg.phases)
     if was != now:
-        raise SharedError(f"output={run} holds a run with phases={was}, not {now}: choose another output, or give "
-                               "the same phases")
+        raise SharedError(f"output={run} holds a run with phases={was}, not {now}: choose another output, or give the "
+                          "same phases")
     for key, was, now in changed:
         note(f"since {latest.name}: {key} was {was}, is now {now}")
     return progress, latest, then["rows"]
 
 
-def changes(old, new):
-    """[(dotted key, its value before, its value now)] of two recipes as YAML text, but for SILENT keys."""
+def changes(old: str, new: str) -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ between two recipes in YAML, with both values, except SILENT keys."""
     was, now = (dict(_flat(yaml.safe_load(text), "")) for text in (old, new))
     keys = [key for key in {**was, **now} if was.get(key, _flat) != now.get(key, _flat)]
     keys = [key for key in keys if not key.startswith(SILENT)]
     return [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys]
 
 
-def _flat(tree, where):
+def _flat(tree: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{where}{key}.")
@@ -169,14 +175,13 @@ def _flat(tree, where):
             yield f"{where}{key}", value
 
 
-def check_rows(then, now, cfg, progress, note):
-    """Compare the rows of each phase with those that the run has been trained on so far.
-
-    Args:
-        then, now: {phase: hash of its rows}.
+def check_rows(
+    then: dict[str, str], now: dict[str, str], cfg: Recipe, progress: Progress, note: Callable[[str], None]
+) -> None:
+    """Compare row hashes by phase with those of the last checkpoint.
 
     Raises:
-        SharedError: a phase that is not over has other rows, and the recipe does not say resume=changed.
+        SharedError: an unfinished phase has other rows, without resume=changed.
     """
     for name in (name for name in then if then[name] != now[name]):
         text = f"phases.{name} has other rows than when the last checkpoint was written"
@@ -188,8 +193,8 @@ def check_rows(then, now, cfg, progress, note):
         note(text)
 
 
-def write_recipe(run, text, step, note):
-    """Write recipe.yaml. One that says otherwise stays beside it, as recipe_until_step_N.yaml."""
+def write_recipe(run: Path, text: str, step: int, note: Callable[[str], None]) -> None:
+    """Write recipe.yaml. A different one is kept as recipe_until_step_N.yaml."""
     path = run / "recipe.yaml"
     try:
         old = path.read_bytes() if path.is_file() else None
@@ -204,8 +209,8 @@ def write_recipe(run, text, step, note):
         note(f"{path} cannot be written ({error}); checkpoints hold the recipe too")
 
 
-def is_finished(cfg, run, progress):
-    """Whether nothing is left to do: all steps are taken, and model/ was exported after them."""
+def is_finished(cfg: Recipe, run: Path, progress: Progress) -> bool:
+    """Whether all steps are taken and model/ was exported after them."""
     *_, (name, last) = cfg.phases.items()
     return dist.on_main(
         lambda: progress.phase == name
@@ -215,8 +220,8 @@ def is_finished(cfg, run, progress):
     )
 
 
-def _summary(run):
-    """summary.json, or {} where it is missing or torn: then the end of the run is repeated, which writes it anew."""
+def _summary(run: Path) -> dict[str, Any]:
+    """summary.json, or {} if it is missing or damaged: then the export is repeated, which writes it again."""
     try:
         summary = json.loads((run / "summary.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -224,9 +229,9 @@ def _summary(run):
     return summary if isinstance(summary, dict) else {}
 
 
-def _is_model(folder):
+def _is_model(folder: Path) -> bool:
     try:
         weights.read_config(folder)
-        return bool(weights._shards(folder))
+        return bool(weights.weight_files(folder))
     except UserError:
         return False

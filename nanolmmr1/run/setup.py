@@ -1,6 +1,6 @@
-"""Everything that must be there before the first step: world, rows, policy, sampler, reference.
+"""Everything that a run needs before its first step: device, embedded data, rows, model, reference, sampler.
 
-Next: trainer.py, the step.
+Next: evaluate.py, held-out accuracy.
 """
 
 import gc
@@ -8,25 +8,38 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from nanolmmr1 import files
-from nanolmmr1.data.rows import load_rows, select_rows
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import Row, load_rows, select_rows
 from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
+from nanolmmr1.model.qwen import Qwen25VL
 from nanolmmr1.parallel import dist, export, fsdp
-from nanolmmr1.report import logs
+from nanolmmr1.parallel.signals import Watch
+from nanolmmr1.report.display import Display
+from nanolmmr1.report.logs import MetricsLog, SampleLog
+from nanolmmr1.reward.judge import Judge
+from nanolmmr1.rollout.sampler import Sampler
 from nanolmmr1.run import checkpoint, manifest
-from nanolmmr1.run.trainer import Trainer
+from nanolmmr1.run.evaluate import Tasks
+from nanolmmr1.run.trainer import Progress, Trainer
+from nanolmmr1.schema import Recipe
 from nanolmmr1.update.policy import Policy
 
+Sizes = list[tuple[int, int]]  # per row: prompt tokens, image patches
 
-def choose_device(cfg):
+
+def choose_device(cfg: Recipe) -> str:
     """"cpu" or "cuda".
 
     Raises:
-        UserError: the recipe wants a GPU, and there is none.
+        UserError: the recipe asks for a GPU, and there is none.
     """
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -34,13 +47,13 @@ def choose_device(cfg):
     return device
 
 
-def check_machine(cfg, device):
-    """Refuse, before anything is loaded, implementations and engines that this machine does not have.
+def check_machine(cfg: Recipe, device: str) -> None:
+    """Refuse implementations and engines that this machine lacks, before anything is loaded.
 
     Raises:
-        UserError: naming key, value and cure.
+        UserError: with key, value and cure.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # as the tests run kernels on a CPU
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests run the kernels on a CPU this way
     for key, value in (("attention", cfg.pack.attention), ("head", cfg.pack.head)):
         if device == "cpu" and (value in ("varlen", "flash") or (value == "triton" and not interpreted)):
             raise UserError(f"pack.{key}={value} needs a GPU, and this run is on the CPU: use pack.{key}=auto")
@@ -52,90 +65,118 @@ def check_machine(cfg, device):
                         "or use rollout.engine=local")
 
 
-def build_world(cfg, run, display):
-    """Make the embedded world's model and data once, and point the recipe's `world:FILE` names at them."""
-    from nanolmmr1.desk import build  # scikit-learn, for the digits
+def build_world(cfg: Recipe, run: Path, display: Display) -> None:
+    """Create the embedded model and data sets once, and replace the recipe's `world:FILE` names by their paths."""
+    from nanolmmr1.desk.world import build  # needs scikit-learn, whose digits it shows
 
     world = run / "world"
     if not dist.on_main(world.is_dir):
         checkpoint.write_folder(world, lambda folder: build(folder, cfg.seed, display) if dist.is_main() else None)
 
-    def place(value):
-        if isinstance(value, list):
-            return [place(v) for v in value]
-        return str(world / value.removeprefix("world:")) if value.startswith("world:") else value
+    def path_of(name: str) -> str:
+        return str(world / name.removeprefix("world:")) if name.startswith("world:") else name
 
-    cfg.model = place(cfg.model)
+    def paths_of(source: str | list[str]) -> str | list[str]:
+        return path_of(source) if isinstance(source, str) else [path_of(name) for name in source]
+
+    cfg.model = path_of(cfg.model)
     for phase in cfg.phases.values():
-        phase.data = place(phase.data)
+        phase.data = paths_of(phase.data)
     for task in cfg.evaluate.tasks.values():
-        task["data"] = place(task["data"])
+        task["data"] = paths_of(task["data"])
 
 
-def load_data(cfg, processor, judge, display):
-    """Rows of each phase and held-out task, checked; says what was kept and what was dropped, and why.
+class Data(NamedTuple):
+    """The rows of a run, by phase or task."""
 
-    Returns:
-        phase -> rows, task -> (rows, whether captions are shown), phase -> [(tokens, image patches)] of its rows,
-        phase -> hash of its rows
+    rows: dict[str, list[Row]]
+    tasks: Tasks
+    sizes: dict[str, Sizes]  # of a phase's rows
+    hashes: dict[str, str]  # of a phase's rows
+
+
+def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display) -> Data:
+    """Read the rows of all phases and held-out tasks and select the usable ones; notes the dropped rows with reasons.
+
+    Raises:
+        UserError: a source cannot be read, no row is left, or a reward function fails on the first row.
     """
-    judge_checked, loaded = False, {}
+    loader = _Loader(cfg, processor, judge, display)
+    data = Data({}, {}, {}, {})
+    for name, phase in cfg.phases.items():
+        data.rows[name], data.sizes[name], data.hashes[name] = loader.select(
+            phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}"
+        )
+    for name, task in cfg.evaluate.tasks.items():
+        captions, limit = bool(task.get("captions", False)), cfg.evaluate.max_prompt_tokens
+        assert limit is not None, "the recipe is resolved"
+        rows, *_ = loader.select(task["data"], captions, limit, f"evaluate.{name}")
+        data.tasks[name] = rows[: cfg.evaluate.limit or None], captions
+    return data
 
-    def select(source, captions, max_tokens, where):
-        nonlocal judge_checked
+
+class _Loader:
+    """Reads each source once, however many phases use it."""
+
+    def __init__(self, cfg: Recipe, processor: Processor, judge: Judge, display: Display) -> None:
+        self.columns, self.processor, self.judge, self.display = cfg.prompt.columns, processor, judge, display
+        self.loaded: dict[str, list[Row]] = {}
+        self.judge_checked = False
+
+    def select(
+        self, source: str | list[str], captions: bool, max_tokens: int, where: str
+    ) -> tuple[list[Row], Sizes, str]:
+        """The usable rows of a source, their sizes and their hash."""
+        rows = self.load(source)
+        # Rank 0 selects for all: the judge has a deadline, so two ranks might select differently.
+        indices, sizes, dropped, digest = dist.on_main(lambda: self._select(rows, captions, max_tokens, where))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        self.display.note(f"{where}: {len(indices)} of {len(rows)} rows; dropped: {reasons}")
+        return [rows[i] for i in indices], sizes, digest
+
+    def load(self, source: str | list[str]) -> list[Row]:
         key = json.dumps(source)
-        if key not in loaded:
-            loaded[key] = dist.together(lambda: load_rows(source, cfg.prompt.columns))
-            text = "\n".join(f"{row.problem}\t{row.answer}\t{row.caption}" for row in loaded[key])
+        if key not in self.loaded:
+            rows = dist.together(lambda: load_rows(source, self.columns))
+            text = "\n".join(f"{row.problem}\t{row.answer}\t{row.caption}" for row in rows)
             if len(set(dist.gather(hashlib.sha256(text.encode()).digest()))) > 1:
                 raise SharedError(f"{source}: the ranks read different rows; give all hosts the same files")
-        rows = loaded[key]
+            self.loaded[key] = rows
+        return self.loaded[key]
 
-        def choose():
-            # By one rank for all: a judge has a deadline, so two might not choose alike.
-            nonlocal judge_checked
-            if not judge_checked:
-                judge.check([row.public() for row in rows])
-                judge_checked = True
-            kept, dropped = select_rows(rows, processor, captions, max_tokens, judge, where)
-            number = {id(row): i for i, row in enumerate(rows)}
-            indices, sizes = [number[id(row)] for row, _ in kept], [size for _, size in kept]
-            return indices, sizes, dropped, hash_rows(rows[i] for i in indices)
-
-        kept, sizes, dropped, digest = dist.on_main(choose)
-        lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-        display.note(f"{where}: {len(kept)} of {len(rows)} rows; dropped: {lost}")
-        return [rows[i] for i in kept], sizes, digest
-
-    rows, sizes, tasks, digests = {}, {}, {}, {}
-    for name, phase in cfg.phases.items():
-        limit = phase.max_prompt_tokens
-        rows[name], sizes[name], digests[name] = select(phase.data, phase.captions, limit, f"phases.{name}")
-    for name, task in cfg.evaluate.tasks.items():
-        captions = bool(task.get("captions", False))
-        kept, *_ = select(task["data"], captions, cfg.evaluate.max_prompt_tokens, f"evaluate.{name}")
-        tasks[name] = (kept[: cfg.evaluate.limit or None], captions)
-    return rows, tasks, sizes, digests
+    def _select(
+        self, rows: list[Row], captions: bool, max_tokens: int, where: str
+    ) -> tuple[list[int], Sizes, dict[str, int], str]:
+        if not self.judge_checked:
+            self.judge.check([row.public() for row in rows])
+            self.judge_checked = True
+        kept, dropped = select_rows(rows, self.processor, captions, max_tokens, self.judge, where)
+        index = {id(row): i for i, row in enumerate(rows)}
+        return (
+            [index[id(row)] for row, _ in kept],
+            [size for _, size in kept],
+            dropped,
+            hash_rows(row for row, _ in kept),
+        )
 
 
-def hash_rows(rows):
-    """A hash of rows in their order: texts, and of each picture its bytes, or its file's name and size."""
+def hash_rows(rows: Iterable[Row]) -> str:
+    """A hash of rows in their order: texts, and each image's bytes, or its file's name and size."""
     digest = hashlib.sha256()
     for row in rows:
-        pictures = [(os.path.basename(item), os.path.getsize(item)) if isinstance(item, str) else
-                    hashlib.sha256(item).hexdigest() for item in row.images]  # fmt: skip
-        digest.update(json.dumps([row.problem, row.answer, row.caption, pictures]).encode())
+        images = [(os.path.basename(item), os.path.getsize(item)) if isinstance(item, str) else
+                  hashlib.sha256(item).hexdigest() for item in row.images]  # fmt: skip
+        digest.update(json.dumps([row.problem, row.answer, row.caption, images]).encode())
     return digest.hexdigest()
 
 
-def load_model(cfg, folder, device, offload=False, empty=False):
-    """The model of a folder as the recipe wants it: whole, or sharded over several ranks.
+def load_model(
+    cfg: Recipe, folder: Path, device: str, offload: bool = False, empty: bool = False
+) -> tuple[Qwen25VL, torch.dtype]:
+    """The model of a folder, plain or sharded, and the dtype it computes in.
 
     Args:
-        empty: leave its memory as it is; a checkpoint is read into all of it next.
-
-    Returns:
-        model, dtype of the computation
+        empty: leave its memory uninitialized; a checkpoint is read into all of it next.
     """
     auto = torch.bfloat16 if device == "cuda" else torch.float32
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -143,47 +184,63 @@ def load_model(cfg, folder, device, offload=False, empty=False):
     if master != torch.float32 and dtype == torch.float32:
         raise UserError("optim.weights=bfloat16 holds less than dtype=float32 computes: use dtype=bfloat16 as well")
     if offload and device == "cpu":
-        raise UserError("dist.offload: what computes on a CPU is there already; leave dist.offload* out")
+        raise UserError("dist.offload: the model is already on the CPU; remove dist.offload*")
     if dist.sharded():
-        return fsdp.load_sharded(folder, cfg.dist, device, dtype, master, offload, empty), dtype
+        mesh = dist.mesh(device, cfg.dist.shard, cfg.dist.timeout_s)
+        return fsdp.load_sharded(folder, mesh, device, dtype, master, offload, empty), dtype
     return weights.load(folder, master, device, empty), dtype
 
 
-def load_policy(cfg, folder, device, processor, empty=False):
+def load_policy(cfg: Recipe, folder: Path, device: str, processor: Processor, empty: bool = False) -> Policy:
     model, dtype = load_model(cfg, folder, device, cfg.dist.offload, empty)
-    return Policy(model, cfg, processor.banned_ids, dtype, device)
+    return Policy(model, cfg.pack, cfg.optim, processor.banned_ids, dtype, device, cfg.dist.offload)
 
 
-def load_reference(cfg, run, name, policy, folder, progress, note=print):
-    """The frozen model that KL compares with, or None: the model as it was when this phase, or the run, began."""
+def load_reference(
+    cfg: Recipe,
+    run: Path,
+    name: str,
+    policy: Policy,
+    folder: Path,
+    progress: Progress,
+    note: Callable[[str], None] = print,
+) -> Qwen25VL | None:
+    """The frozen model of the KL term, or None: the model at the start of this phase, or of the run.
+
+    Frees the policy's present reference first: two would not fit.
+
+    Args:
+        run: the run folder, where the model at the start of a phase is saved, so that a resumed run finds it.
+        name: of the phase. folder: the model that the run started from.
+    """
     policy.reference = None
-    gc.collect()  # the last phase's goes before this one's comes; a sharded model is a cycle
-    phase, kept, seals = cfg.phases[name], run / "reference" / name, run / "reference" / f"{name}.json"
+    gc.collect()  # frees the last phase's reference before this one is loaded; a sharded model is a reference cycle
+    phase, saved, seals = cfg.phases[name], run / "reference" / name, run / "reference" / f"{name}.json"
     if not phase.objective.kl_coef:
         return None
     if phase.reference == "start":
-        kept = folder
+        saved = folder
     elif not progress.inside(name):
         master = getattr(torch, cfg.optim.weights)
-        checkpoint.write_folder(kept, lambda path: export.save(policy.model, path, folder, master))
-        dist.on_main(lambda: _seal(kept, seals))
-    elif wrong := dist.on_main(lambda: _damage(kept, seals, note)):
-        raise SharedError(f"{kept}: {wrong}; a KL reference cannot be rebuilt, so choose another output")
+        checkpoint.write_folder(saved, lambda path: export.save(policy.model, path, folder, master))
+        dist.on_main(lambda: _seal(saved, seals))
+    elif damage := dist.on_main(lambda: _damage(saved, seals, note)):
+        raise SharedError(f"{saved}: {damage}; a KL reference cannot be rebuilt, so choose another output")
     offload = cfg.dist.offload or cfg.dist.offload_reference
-    return load_model(cfg, kept, policy.device.type, offload)[0].requires_grad_(False)
+    return load_model(cfg, saved, policy.device.type, offload)[0].requires_grad_(False)
 
 
-def _seal(folder, seals):
-    """Note what a folder holds."""
-    told = {path.name: manifest.seal(path) for path in folder.iterdir()}
-    files.write_atomically(seals, json.dumps(told).encode())
+def _seal(folder: Path, seals: Path) -> None:
+    """Write sizes and hashes of a folder's files."""
+    sizes = {path.name: manifest.seal(path) for path in folder.iterdir()}
+    files.write_atomically(seals, json.dumps(sizes).encode())
 
 
-def _damage(folder, seals, note):
-    """What is wrong with a folder that was sealed; nothing: empty. Without a readable seal it is taken as it is."""
+def _damage(folder: Path, seals: Path, note: Callable[[str], None]) -> str:
+    """The damage of a sealed folder; "" if there is none. Without readable seals it is used unchecked."""
     try:
-        told = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(seals.read_bytes()).items()}
-        if not told:
+        sizes = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(seals.read_bytes()).items()}
+        if not sizes:
             raise ValueError("it is empty")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if not (folder / "config.json").is_file():
@@ -191,10 +248,13 @@ def _damage(folder, seals, note):
         note(f"{seals} cannot be read ({error}): the KL reference beside it is used without a check of its hashes")
         _seal(folder, seals)
         return ""
-    return manifest.damage(folder, told.items())
+    return manifest.damage(folder, sizes.items())
 
 
-def make_sampler(cfg, policy, folder, processor, note=print):
+def make_sampler(
+    cfg: Recipe, policy: Policy, folder: Path, processor: Processor, note: Callable[[str], None] = print
+) -> Sampler:
+    """The engine that the recipe names. Imported here: a run needs the libraries of its own engine only."""
     if cfg.rollout.engine == "local":
         from nanolmmr1.rollout.local import LocalSampler
 
@@ -208,11 +268,22 @@ def make_sampler(cfg, policy, folder, processor, note=print):
     return VllmSampler(policy, cfg, folder)
 
 
-def make_trainer(cfg, run, policy, folder, processor, judge, display, progress, watch):
-    log = samples = None
+def make_trainer(
+    cfg: Recipe,
+    run: Path,
+    policy: Policy,
+    folder: Path,
+    processor: Processor,
+    judge: Judge,
+    display: Display,
+    progress: Progress,
+    watch: Watch,
+) -> Trainer:
+    """A trainer with its sampler; its logs are cut back to the step that the run resumes from."""
+    metrics = samples = None
     if dist.is_main():
-        log, samples = (kind(run, display.note) for kind in (logs.MetricsLog, logs.SampleLog))
-        log.truncate(progress.step)
+        metrics, samples = MetricsLog(run, display.note), SampleLog(run, display.note)
+        metrics.truncate(progress.step)
         samples.truncate(progress.step)
     sampler = make_sampler(cfg, policy, folder, processor, display.note)
-    return Trainer(cfg, policy, sampler, judge, processor, log, samples, display, progress, watch)
+    return Trainer(cfg, policy, sampler, judge, processor, metrics, samples, display, progress, watch)

@@ -1,52 +1,63 @@
-"""One step of reinforcement learning in six visible stages, and the phases that are made of steps.
+"""One step of reinforcement learning, and the phases that steps make up.
 
-`Trainer.step` is the page that everything else serves: sample, judge, pack, remember, learn,
-account. Nothing in it depends on the engine, the model or the phase.
+`Trainer.step` reads top to bottom: sample and judge, pack, log-probs, advantages, update the policy, send the weights
+to the sampler, record. It does not depend on the engine, the model or the phase.
 
-On several ranks each samples and judges its share; then all of them know all groups, and work out alike what follows.
-A rollout's vectors are whole on every rank; packs are a rank's own.
+With several ranks each one samples and judges its share of the prompts. Then an all-gather gives every rank all groups,
+and each computes the same advantages and the same assignment of groups to ranks. Vectors of a `Batch`, over the M
+tokens of all responses, are complete on every rank; packs (micro-batches) are one rank's part of an update (optimizer
+step).
 
-Next: pack.py (how tokens lie in memory), objective.py (what is optimised), account.py (what is told of it).
+Next: ../data/rows.py, where prompts come from.
 """
 
 import zlib
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
-from nanolmmr1.data.rows import PromptSampler, open_image
+from nanolmmr1.data.group import Group
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.rows import PromptSampler, Row, open_image
 from nanolmmr1.errors import Preempted, SharedError, UserError
+from nanolmmr1.model.qwen import Qwen25VL
 from nanolmmr1.parallel import dist
 from nanolmmr1.parallel.export import published
+from nanolmmr1.parallel.signals import Watch
+from nanolmmr1.report.display import Display
+from nanolmmr1.report.logs import MetricsLog, SampleLog
 from nanolmmr1.report.record import step_record
 from nanolmmr1.report.usage import StageTimer
-from nanolmmr1.rollout import SamplingParams
+from nanolmmr1.reward.judge import Judge
 from nanolmmr1.rollout.batch import Batch, gather_groups
+from nanolmmr1.rollout.sampler import Sampler, SamplingParams
+from nanolmmr1.schema import Phase, Recipe, Rollout
 from nanolmmr1.update.objective import overlong_penalty, token_advantages, token_weights
-from nanolmmr1.update.pack import build, deal, has_images
-from nanolmmr1.update.policy import learning_rate
+from nanolmmr1.update.pack import Pack, Piece, build, deal, has_images
+from nanolmmr1.update.policy import Policy, learning_rate
 
 
 @dataclass
 class Progress:
-    """Where a run stands. Saved in checkpoints; with the weights, it is all that a resumed run needs."""
+    """The position of a run; with weights and optimizer state, everything that changes between checkpoints."""
 
     phase: str = ""
     phase_step: int = 0
     step: int = 0  # over all phases
     cursor: int = 0  # rows of the phase taken so far
-    bad_steps: int = 0  # steps in a row of whose updates all were non-finite
-    skipped_steps: int = 0  # steps with a non-finite update, in all
+    bad_steps: int = 0  # consecutive steps in which every update was skipped (NaN or inf)
+    skipped_steps: int = 0  # steps with at least one skipped update, over the run
     wall_s: float = 0.0
-    finished: str = ""  # the last phase that was evaluated
-    accuracy: dict = field(default_factory=dict)  # moment -> {task: fraction}
+    finished: str = ""  # the last phase whose final evaluation is done
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)  # moment -> task -> fraction right
 
-    def inside(self, name):
+    def inside(self, name: str) -> bool:
         """Whether steps of this phase have been taken."""
         return self.phase == name and self.phase_step > 0
 
-    def phase_done(self, name, phases):
-        """Whether the run is past this phase, its evaluation included."""
+    def phase_done(self, name: str, phases: dict[str, Phase]) -> bool:
+        """Whether the run is past this phase, its final evaluation included."""
         order = list(phases)
         if self.phase not in order or order.index(name) != order.index(self.phase):
             return self.phase in order and order.index(name) < order.index(self.phase)
@@ -54,112 +65,142 @@ class Progress:
 
 
 class Trainer:
-    """A policy, a sampler and a judge, and the phase they work on.
+    """Takes the steps of one phase after another.
 
-    Args:
-        cfg: the recipe. policy, sampler, judge, processor: see their files.
-        metrics, samples, display: where a step is told; the first two are None on ranks that write nothing.
-        progress: Progress to go on from. watch: Watch, or None.
+    Attributes:
+        policy, sampler, judge, processor: the model being trained, the engine that samples from it, the rewards, and
+            the conversion between rows, prompts and text.
+        metrics, samples: logs of the run folder, on the main rank; None on the others.
+        display: shows progress. watch: signals and hang detection; None in tests.
+        progress: where the run stands.
+        last_update_finite: False after a skipped update. Until the next good one nothing is saved inside a phase:
+            weights that gave a NaN must not prune an older good checkpoint.
+        checkpoint_wait_s: seconds that saving has blocked training since the last record, which the next one reports.
     """
 
-    def __init__(self, cfg, policy, sampler, judge, processor, metrics, samples, display, progress=None, watch=None):
+    def __init__(
+        self,
+        cfg: Recipe,
+        policy: Policy,
+        sampler: Sampler,
+        judge: Judge,
+        processor: Processor,
+        metrics: MetricsLog | None,
+        samples: SampleLog | None,
+        display: Display,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         self.cfg, self.policy, self.sampler, self.judge, self.processor = cfg, policy, sampler, judge, processor
         self.metrics, self.samples, self.display = metrics, samples, display
         self.progress, self.watch = progress or Progress(), watch
-        self.sound = True  # whether the last update was made: weights that gave a NaN must push no good checkpoint out
-        self.saved_s = 0.0  # how long a checkpoint has held the run up since the last step
+        self.last_update_finite = True
+        self.checkpoint_wait_s = 0.0
 
-    def start_phase(self, name, rows, reference=None):
-        """Begin (or, where progress is inside it, continue) a phase.
+    def start_phase(self, name: str, rows: list[Row], reference: Qwen25VL | None = None) -> None:
+        """Begin a phase, or continue it where `progress` is inside it.
 
         Args:
-            rows: the phase's rows, already selected; reference: frozen model for KL, or None.
+            rows: the phase's rows that passed selection. reference: frozen model of the KL term.
         """
         self.phase = self.cfg.phases[name]
         if self.progress.phase != name:
             self.progress.phase, self.progress.phase_step, self.progress.cursor = name, 0, 0
         self.rows, self.order = rows, PromptSampler(len(rows), self.cfg.seed, name)
-        # Part of each response's seed: phases draw differently from the same rows.
+        # Part of each response's seed: two phases draw different responses to the same row.
         self.phase_seed = zlib.crc32(name.encode())
         self.policy.start_phase(self.phase, zlib.crc32(f"{self.cfg.seed}/{name}".encode()))
         self.policy.reference = reference
-        self.told_split = False
+        self.warned_split = False
         self.display.start_phase(name, self.progress.phase_step)
 
-    def step(self):
-        """One rollout and the updates it pays for. Returns the step's record, as written to metrics.jsonl."""
+    def step(self) -> dict[str, Any]:
+        """One rollout and its optimizer steps. Returns the step's record, as written to metrics.jsonl."""
         phase, objective, policy = self.phase, self.phase.objective, self.policy
         timer = StageTimer(self.watch, self.progress.step + 1)
 
         with timer.stage("step"):
-            # 1. sample, 2. judge: until enough groups can teach something (see collect).
-            groups, sampled, cursor = self.collect(timer)
-            rollout = Batch(groups)
+            # 1. Sample and judge; with dynamic sampling, repeat with other prompts if too few groups differ in reward.
+            groups, sampled, cursor = self.sample_and_judge(timer)
+            batch = Batch(groups)
 
-            # 3. pack: one flat token axis per micro-batch; a group's prompt stands in it once.
+            # 2. Pack: for each update this rank's packs, in which a group's prompt is computed once.
             with timer.stage("pack"):
-                updates, split = self.pack(groups)
+                updates, num_split = self.make_packs(groups)
 
-            # 4. remember: log-probs before the first update, and the reference's, with the same packs.
-            kl_in_reward = objective.kl_coef and objective.kl_place == "reward"
+            # 3. Log-probs before the first update, from the policy and from the reference, on the same packs. With a
+            # single update its own forward pass gives them; first_logp also serves the mismatch metrics.
+            kl_in_reward = objective.kl_coef > 0 and objective.kl_place == "reward"
             if phase.updates_per_rollout > 1 or kl_in_reward:
                 with timer.stage("old"):
-                    rollout.old_logp = rollout.first_logp = self.score(updates, rollout)
+                    batch.old_logp = batch.first_logp = self.logprobs(updates, batch)
             if policy.reference is not None:
                 with timer.stage("ref"):
-                    rollout.ref_logp = self.score(updates, rollout, policy.reference)
-            with timer.stage("adv"):
-                scored = rollout.rewards + overlong_penalty(
-                    rollout.lengths, phase.max_response_tokens, objective.overlong_buffer, objective.overlong_penalty
-                )
-                kl = rollout.old_logp - rollout.ref_logp if kl_in_reward else None
-                rollout.advantage = token_advantages(scored, rollout.group, rollout.response, kl, objective)
+                    batch.ref_logp = self.logprobs(updates, batch, policy.reference)
 
-            # 5. learn: one denominator per update, so that no cut into packs changes the gradient.
+            # 4. Advantages: from rewards, and from KL where that is part of the reward.
+            with timer.stage("adv"):
+                rewards = batch.rewards + overlong_penalty(
+                    batch.lengths, phase.max_response_tokens, objective.overlong_buffer, objective.overlong_penalty
+                )
+                kl = None
+                if kl_in_reward:
+                    assert batch.old_logp is not None and batch.ref_logp is not None
+                    kl = batch.old_logp - batch.ref_logp  # (M,)
+                batch.advantage = token_advantages(rewards, batch.group, batch.response, kl, objective)
+
+            # 5. Update: one denominator per optimizer step, so the gradient does not depend on the packing.
             with timer.stage("update_actor"):
-                learnt = self.learn(updates, rollout)
+                update_stats = self.update_policy(updates, batch)
             self.progress.step += 1
             self.progress.phase_step += 1
             self.progress.cursor = cursor
             with timer.stage("update_weights"):
-                failed = self.hand_over()  # not raised before the step, which is taken, has been told of
+                error = self.update_sampler()  # raised only after the step, which is complete, has been recorded
 
-        # 6. account: one record, one line on disk.
-        learnt |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": split}
-        seconds, self.saved_s = timer.seconds() | {"timing_s/save_checkpoint": self.saved_s}, 0.0
-        record = step_record(self.progress, objective, rollout, sampled, learnt, self.sampler.stats, seconds)
-        if dist.is_main():
+        # 6. Record: one line in metrics.jsonl.
+        update_stats |= {"micro_batches": sum(map(len, updates)), "updates": len(updates), "split_groups": num_split}
+        seconds = timer.seconds() | {"timing_s/save_checkpoint": self.checkpoint_wait_s}
+        self.checkpoint_wait_s = 0.0
+        record = step_record(self.progress, objective, batch, sampled, update_stats, self.sampler.stats, seconds)
+        if self.metrics is not None:
             self.metrics.write(record)
-            self.keep_sample(rollout)
+            self.keep_sample(batch)
         self.display.step(record)
-        if failed:
-            raise failed
+        if error:
+            raise error
         self.check_mismatch(record)
+        self.check_bad_steps()
+        return record
+
+    def check_bad_steps(self) -> None:
+        """Raises SharedError after `optim.max_bad_steps` consecutive steps without an update."""
         if self.progress.bad_steps >= self.cfg.optim.max_bad_steps:
             raise SharedError(
                 f"{self.progress.bad_steps} steps in a row had a non-finite loss or gradient and were skipped: "
-                f"lower lr (now {phase.lr}) or raise objective.kl_coef, and resume from the last checkpoint"
+                f"lower lr (now {self.phase.lr}) or raise objective.kl_coef, and resume from the last checkpoint"
             )
-        return record
 
-    def check_mismatch(self, record):
-        """Raises SharedError where the sampler's log-probs are not the policy's: its weights are others, or corrupt."""
+    def check_mismatch(self, record: dict[str, Any]) -> None:
+        """Raises SharedError if sampler and policy log-probs differ too much: the sampler's weights are wrong."""
         limit = mismatch_limit(self.cfg.rollout, self.phase, self.policy.dtype)
         for kind in ("text", "image"):
             gap = record.get(f"mismatch/{kind}/logp_abs", 0.0)
-            if limit and gap > limit:  # where it is NaN, so is the gradient: see bad_steps
+            if limit and gap > limit:  # a NaN gap comes with a NaN gradient, which bad_steps counts
                 raise SharedError(
                     f"step {self.progress.step}: log-probs of responses to {kind} prompts differ from the policy's by "
                     f"{gap:.3g} nats on average, over rollout.max_mismatch={limit:g}: the sampler has other weights or "
                     "settings; `python -m nanolmmr1.doctor` finds which, rollout.sleep_level=1 spares them a reload"
                 )
 
-    def collect(self, timer):
-        """Sampled and judged groups: `prompts_per_step` of them.
+    def sample_and_judge(self, timer: StageTimer) -> tuple[list[Group], list[Group], int]:
+        """Sample `prompts_per_step` groups and judge their responses.
 
-        With dynamic sampling, groups whose rewards are all equal carry no gradient and are replaced,
-        `max_refills` times at most; then the step makes do with the groups it has. Returns the
-        groups to learn from, all that were sampled, and the row cursor after them.
+        With dynamic sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal are replaced, in at most
+        `max_refills` rounds; then the step uses the groups it has.
+
+        Returns:
+            groups to train on, all groups sampled, row cursor after them
         """
         phase, cursor = self.phase, self.progress.cursor
         params = SamplingParams(
@@ -171,8 +212,9 @@ class Trainer:
             self.processor.stop_ids,
             self.processor.banned_ids,
         )
-        kept, sampled = [], []
-        for _ in range(1 + phase.max_refills * phase.dynamic_sampling):
+        kept: list[Group] = []
+        sampled: list[Group] = []
+        for _ in range(1 + (phase.max_refills if phase.dynamic_sampling else 0)):
             count = phase.prompts_per_step - len(kept)
             groups = self.sample(self.order.take(cursor, count), cursor, params, timer)
             cursor += count
@@ -188,135 +230,156 @@ class Trainer:
             )
         return kept or sampled[-phase.prompts_per_step :], sampled, cursor
 
-    def sample(self, indices, cursor, params, timer):
-        """Judged groups of these rows, this rank's share made here and the others' gathered."""
-        engine = self.sampler.ranks
-        mine = dist.my_slice(len(indices), dist.size() // engine, dist.rank() // engine)
-        indices, groups, trouble = indices[mine], [], None
+    def sample(self, indices: list[int], cursor: int, params: SamplingParams, timer: StageTimer) -> list[Group]:
+        """Judged groups of these rows: this rank makes its share, then all ranks exchange theirs.
+
+        Args:
+            indices: into the phase's rows. cursor: the first one's place in the row order, part of the seeds.
+        """
+        # Ranks of one tensor-parallel engine pass it the same prompts; the first sends the groups to other engines.
+        per_engine = self.sampler.ranks_per_engine
+        mine = dist.my_slice(len(indices), dist.size() // per_engine, dist.rank() // per_engine)
+        indices, groups, error = indices[mine], [], None
         try:
             with timer.stage("data"):
                 prompts = []
                 for i in indices:
-                    self.check(0)
+                    if self.should_stop():
+                        raise Preempted
                     prompts.append(self.processor.prepare(self.rows[i], self.phase.captions))
             with timer.stage("gen"):
                 self.sampler.wake()
                 seeds = [(self.cfg.seed, self.phase_seed, cursor + i) for i in range(mine.start, mine.stop)]
-                groups = self.sampler.generate(prompts, params, seeds, self.check)
+                groups = self.sampler.generate(prompts, params, seeds, should_stop=self.should_stop)
             with timer.stage("reward"):
                 self.judge_groups(groups)
         except (Preempted, UserError) as stop:
-            groups, trouble = [], stop
+            groups, error = [], stop
         with timer.stage("exchange"):
-            return gather_groups(groups, indices, self.rows, trouble, speaks=dist.rank() % engine == 0)
+            return gather_groups(groups, indices, self.rows, error, sends=dist.rank() % per_engine == 0)
 
-    def check(self, done):
-        """Between two prompts or two tokens, when no prompt is `done`: is this rank to stop?"""
-        if self.watch and not done:
-            self.watch.check()
+    def should_stop(self) -> bool:
+        """Whether this rank received a stop signal. Asking counts as progress for hang detection. Other ranks learn of
+        the signal when groups are exchanged."""
+        return self.watch is not None and self.watch.should_stop()
 
-    def halt(self):
-        """Between two packs, on all ranks at once: is any of them to stop?"""
+    def stop_together(self) -> None:
+        """Raise Preempted on all ranks if one of them received a stop signal, and drop the gradient of the update.
+
+        A collective, called between packs; also a heartbeat.
+        """
         if self.watch:
-            self.watch.pack()
+            self.watch.heartbeat()
         if dist.any_of(self.watch is not None and bool(self.watch.stopping)):
             self.policy.discard()
             raise Preempted
 
-    def judge_groups(self, groups):
+    def judge_groups(self, groups: list[Group]) -> None:
+        """Decode the responses of this rank's groups and score them, all in one call."""
         for group in groups:
             group.texts = [self.processor.decode(r.ids) for r in group.responses]
-        pairs = [(text, group.prompt.row.public()) for group in groups for text in group.texts]
+        pairs = [(text, group.row.public()) for group in groups for text in group.texts]
         judgements = iter(self.judge.score(pairs))
         for group in groups:
             group.judgements = [next(judgements) for _ in group.texts]
 
-    def pack(self, groups):
-        """This rank's packs of each update, equally many on all ranks, and how many groups had to be split."""
-        updates, first, split, budget = [], 0, 0, self.cfg.pack.tokens_per_micro_batch
-        for part in _parts(groups, self.phase.updates_per_rollout):
-            micro_steps, cut = deal(part, budget, dist.size(), first, self.policy.patch_cost)
-            updates.append([self.build(step) for step in micro_steps])
-            split += cut
-            first += sum(len(r.ids) for group in part for r in group.responses)
-        if split and not self.told_split:
-            self.told_split = True
+    def make_packs(self, groups: list[Group]) -> tuple[list[list[Pack]], int]:
+        """This rank's packs of each optimizer step, and how many groups had to be split.
+
+        All ranks get equally many packs: with FSDP every forward pass is a collective. With several ranks the groups'
+        prompts are then released: packs hold copies, and images take memory.
+        """
+        updates, first, num_split, budget = [], 0, 0, self.cfg.pack.tokens_per_micro_batch
+        for part in _slices(len(groups), self.phase.updates_per_rollout):
+            micro_steps, cut = deal(groups[part], budget, dist.size(), first, self.policy.patch_cost)
+            updates.append([self.make_pack(micro_step) for micro_step in micro_steps])
+            num_split += cut
+            first += sum(len(r.ids) for group in groups[part] for r in group.responses)
+        if num_split and not self.warned_split:
+            self.warned_split = True
             self.display.note(
-                f"{split} of {len(groups)} groups exceed pack.tokens_per_micro_batch={budget} and are split: "
+                f"{num_split} of {len(groups)} groups exceed pack.tokens_per_micro_batch={budget} and are split: "
                 "same gradient, but their prompts are computed more than once"
             )
         if dist.size() > 1:
             for group in groups:
-                group.prompt = None  # the packs hold what is this rank's; pictures take room
-        return updates, split
+                group.prompt = None
+        return updates, num_split
 
-    def build(self, micro_step):
-        """This rank's pack of a micro-step."""
+    def make_pack(self, micro_step: list[list[Piece]]) -> Pack:
+        """This rank's pack of a micro-step, the packs that all ranks run at the same time. Prompts of groups that
+        another rank sampled are prepared here."""
         pieces = micro_step[dist.rank()]
         for group in (piece.group for piece in pieces):
             if group.prompt is None:
                 group.prompt = self.processor.prepare(group.row, self.phase.captions)
         return build(pieces, self.policy.model.cfg.vision.patch_dim if has_images(micro_step) else 0)
 
-    def score(self, updates, rollout, model=None):
-        """Log-probs of all scored tokens on the flat axis, (M,)."""
-        logp = torch.zeros_like(rollout.sampler_logp)
+    def logprobs(self, updates: list[list[Pack]], batch: Batch, model: Qwen25VL | None = None) -> torch.Tensor:
+        """Log-probs (M,) of all scored tokens, by the policy or by another model, gathered from all ranks."""
+        logp = torch.zeros_like(batch.sampler_logp)  # (M,)
         for pack in (pack for packs in updates for pack in packs):
-            self.halt()
+            self.stop_together()
             logp[pack.flat_index] = self.policy.logprobs(pack, self.phase.temperature, model)[0].cpu()
         return dist.all_reduce_sum(logp)
 
-    def learn(self, updates, rollout):
-        """One optimiser step per update; returns what `account` reports of them."""
-        phase, sums, norms, made = self.phase, {}, [], []
+    def update_policy(self, updates: list[list[Pack]], batch: Batch) -> dict[str, float]:
+        """Take one optimizer step per update. Returns the sums that `step_record` reports.
+
+        Stop signals are honoured until the first optimizer step. After that the step is completed.
+        """
+        phase, sums = self.phase, dict[str, float]()
+        norms: list[float] = []
+        updated: list[bool] = []
         lr = learning_rate(phase, self.cfg.optim, self.progress.phase_step)
-        parts = _parts(torch.arange(len(rollout.lengths)).view(len(rollout.groups), -1), len(updates))
-        for packs, part in zip(updates, parts, strict=True):
-            own = part.flatten()  # (R',) the update's responses, on whichever rank
-            rollout.weight[own] = token_weights(
-                rollout.lengths[own], phase.objective.loss_avg_mode, phase.max_response_tokens
+        group_size = len(batch.lengths) // len(batch.groups)
+        for packs, part in zip(updates, _slices(len(batch.groups), len(updates)), strict=True):
+            responses = slice(part.start * group_size, part.stop * group_size)  # of this update, on all ranks
+            batch.weight[responses] = token_weights(
+                batch.lengths[responses], phase.objective.loss_avg_mode, phase.max_response_tokens
             )
-            told, logps, last = 0.0, [], len(packs) - 1
+            totals, logps, last = torch.zeros(()), [], len(packs) - 1  # totals: broadcast to one sum per statistic
             last_image = max((i for i, pack in enumerate(packs) if len(pack.grid)), default=last)
             for i, pack in enumerate(packs):
-                if not norms:  # later, some of the step's updates are made: it must be finished
-                    self.halt()
-                tokens, ends = rollout.tokens(pack, self.policy.device), (i == last, i == last_image)
-                stats = self.policy.backward(pack, tokens, phase.objective, phase.temperature, ends)
-                # Kept where they are: nothing waits for the device before the last pack.
+                if not updated:
+                    self.stop_together()
+                tokens, final = batch.tokens(pack, self.policy.device), (i == last, i == last_image)
+                stats = self.policy.backward(pack, tokens, phase.objective, phase.temperature, final)
+                # They stay on the device: the host must not wait for it before the last pack.
                 logps.append((pack.flat_index, stats.pop("logp")))
-                told = told + torch.stack([*stats.values()]).double()
-            told = dict(zip(stats, dist.all_reduce_sum(told.cpu()).tolist(), strict=True))
-            if rollout.old_logp is None:
-                for where, logp in logps:
-                    rollout.first_logp[where] = logp.cpu()
-            norm, updated = self.policy.optimizer_step(lr, told["loss"])
+                totals = totals + torch.stack([*stats.values()]).double()
+            update_sums = dict(zip(stats, dist.all_reduce_sum(totals.cpu()).tolist(), strict=True))
+            if batch.old_logp is None:
+                for flat_index, logp in logps:
+                    batch.first_logp[flat_index] = logp.cpu()
+            norm, finite = self.policy.optimizer_step(lr, update_sums["loss"])
             norms.append(norm)
-            made.append(updated)
-            sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
-        self.sound = made[-1]
-        self.progress.bad_steps = 0 if any(made) else self.progress.bad_steps + 1
-        self.progress.skipped_steps += not all(made)
-        if rollout.old_logp is None:
-            dist.all_reduce_sum(rollout.first_logp)
+            updated.append(finite)
+            sums = {key: sums.get(key, 0.0) + value for key, value in update_sums.items()}
+        self.last_update_finite = updated[-1]
+        self.progress.bad_steps = 0 if any(updated) else self.progress.bad_steps + 1
+        self.progress.skipped_steps += not all(updated)
+        if batch.old_logp is None:
+            dist.all_reduce_sum(batch.first_logp)
         return sums | {"lr": lr, "norm": sum(norms) / len(norms)}
 
-    def hand_over(self):
-        """Give the sampler the new weights. Returns what went wrong, on all ranks, or None."""
-        names = self.policy.trained if self.sampler.remembers else None
+    def update_sampler(self) -> UserError | None:
+        """Send the new weights to the sampler, gathered one by one as it takes them. Returns the ranks' error, or None.
+        """
+        names = self.policy.trained if self.sampler.keeps_unchanged else None
         weights = published(self.policy.model, self.sampler.dtype, names)
         try:
             dist.together(lambda: self.sampler.update(weights))
-        except UserError as failed:
-            return failed
+        except UserError as error:
+            return error
         return None
 
-    def keep_sample(self, rollout):
-        """Keep the step's first group, at about ten steps a phase, the first and last among them."""
+    def keep_sample(self, batch: Batch) -> None:
+        """Write the step's first group to samples.jsonl, at about ten steps per phase and at its first and last."""
         step, steps = self.progress.phase_step, self.phase.steps
-        if step not in (1, steps) and step % max(1, steps // 10):
+        if self.samples is None or (step not in (1, steps) and step % max(1, steps // 10)):
             return
-        group, first = rollout.groups[0], (rollout.lengths.cumsum(0) - rollout.lengths).tolist()
+        group, starts = batch.groups[0], (batch.lengths.cumsum(0) - batch.lengths).tolist()
         row = group.row
         record = {
             "phase": self.progress.phase,
@@ -328,22 +391,24 @@ class Trainer:
                 {
                     "text": text,
                     "reward": judgement["overall"],
-                    "advantage": float(rollout.advantage[first[g]]),
+                    "advantage": float(batch.advantage[start]),
                     "parts": judgement,
                 }
-                for g, (text, judgement) in enumerate(zip(group.texts, group.judgements, strict=True))
+                for start, text, judgement in zip(starts, group.texts, group.judgements, strict=False)
             ],
         }
         self.samples.write(record | ({"caption": row.caption} if self.phase.captions else {}))
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
+        """The run's position, as a checkpoint stores it."""
         return asdict(self.progress)
 
 
-def mismatch_limit(rollout, phase, dtype):
-    """Nats; 0: none, as where the sampler draws from another distribution on purpose.
+def mismatch_limit(rollout: Rollout, phase: Phase, dtype: torch.dtype) -> float:
+    """Largest accepted mean difference of sampler and policy log-probs, in nats; 0: no limit.
 
-    Rounding to bf16 makes a mean of 0.01 to 0.03; other weights, or wrong positions, tenths and more.
+    Rounding to bf16 causes 0.01 to 0.03; wrong weights or positions cause tenths and more. There is no limit where the
+    sampler draws from another distribution on purpose.
     """
     if rollout.max_mismatch is not None:
         return rollout.max_mismatch
@@ -353,7 +418,7 @@ def mismatch_limit(rollout, phase, dtype):
     return 0.01 if dtype == torch.float32 else 0.25 if rollout.engine == "server" else 0.1
 
 
-def _parts(groups, parts):
-    """`parts` contiguous shares, as equal as can be; fewer where there are fewer groups."""
-    parts = min(parts, len(groups))
-    return [groups[dist.my_slice(len(groups), parts, i)] for i in range(parts)]
+def _slices(count: int, parts: int) -> list[slice]:
+    """Contiguous slices of nearly equal size of `count` items; fewer than `parts` if there are fewer items."""
+    parts = min(parts, count)
+    return [dist.my_slice(count, parts, i) for i in range(parts)]
