@@ -13,17 +13,18 @@ train: .venv/ready  ## the embedded three-phase run on a CPU, about ten minutes
 
 test: test-main test-ranks test-vllm
 
-test-main: .venv/ready .venv/triton-3.6.0  ## where there is no vLLM: tests that need it are skipped
+test-main: .venv/ready .venv/triton-3.6.0  ## everything else; without vLLM, tests that need it are skipped
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(RANKS))
 
-test-ranks: .venv/ready  ## those of several processes, which mostly wait for each other
+test-ranks: .venv/ready  ## tests of several processes, which mostly wait for each other
 	$(BIN)/python -m pytest $(RANKS)
 
-test-vllm: .venv-vllm/ready  ## those that need vLLM
+test-vllm: .venv-vllm/ready  ## tests that need vLLM
 	$(VLLM)/python -m pytest $(addprefix tests/test_,vllm.py server.py weight_transfer.py doctor.py)
 
 lint: .venv/ready
 	$(BIN)/ruff check --extend-exclude .venv-vllm .  # .gitignore would do, but only in a clone
+	$(BIN)/mypy
 
 bench: .venv/ready
 	$(BIN)/python -m bench
