@@ -86,8 +86,8 @@ class Sampler(Protocol):
         """Replace the weights.
 
         Args:
-            weights: (published name, whole tensor) of all weights; consumed to its end even after an error, because
-                gathering sharded weights is a collective of all ranks.
+            weights: (published name, whole tensor) of all weights, or with `keeps_unchanged` of those that are trained;
+                consumed to its end even after an error, because gathering sharded weights is a collective of all ranks.
 
         Raises:
             UserError: the engine failed, or does not accept the weights.
