@@ -99,7 +99,7 @@ def verdict(
         return
     says = f"Peak: {size / GB:.1f} of {where.capacity / GB:.1f} GB, in {stage} of {name}."
     if size <= where.capacity:
-        yield f"{says} It fits, with pack.tokens_per_micro_batch up to {most:,}."
+        yield f"{says} It fits, with pack.tokens_per_micro_batch up to {most:,} at least."
         return
     fitting = list(islice(cures(cfg, model, where, longest), 3))
     if not fitting:
