@@ -11,7 +11,7 @@ This starts a server; the error that refuses a server has the same command with 
 
 Every run generates its own API key. vLLM 0.32 checks it on the routes that sample (/inference, /v1), but not on those
 that replace weights, which VLLM_SERVER_DEV_MODE opens to anyone who reaches the port. So a server listens on localhost
-unless the recipe names another address, in that case keep it in a private network.
+unless the recipe names another address; then keep it in a private network.
 
 A prompt is sent as the token ids, patches and grid that the trainer computes with, so nothing is tokenized or resized
 twice. Every answer names the weights it was sampled from, and an answer from other weights is rejected. If a server is
