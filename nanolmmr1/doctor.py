@@ -50,7 +50,7 @@ from nanolmmr1.rollout.vllm import VllmSampler
 from nanolmmr1.run import setup
 from nanolmmr1.terminal import printable, protect
 from nanolmmr1.update.pack import pack_groups
-from nanolmmr1.update.policy import Policy
+from nanolmmr1.update.policy import Policy, compute_dtype
 
 EXTRAS = {"vllm": "vllm", "flash-attn": "flash", "liger-kernel": "bench"}  # optional package -> our extra
 KERNEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest reference value
@@ -456,7 +456,7 @@ def main(args: Sequence[str]) -> int:
     cfg = read_recipe(args)
     cfg.dist.timeout_s = min(cfg.dist.timeout_s, TIMEOUT_S)
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32")
+    dtype = compute_dtype(cfg.dtype, device)
     report, began = Report(), time.perf_counter()
     with contextlib.suppress(RanksLost), tempfile.TemporaryDirectory() as scratch:
         if dist.launched():

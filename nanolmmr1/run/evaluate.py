@@ -14,7 +14,7 @@ from nanolmmr1.errors import Preempted
 from nanolmmr1.parallel import dist
 from nanolmmr1.report.display import Display
 from nanolmmr1.reward.judge import Judge
-from nanolmmr1.rollout.sampler import Sampler, SamplingParams
+from nanolmmr1.rollout.sampler import Sampler, SamplingParams, never_stop
 
 ROWS = 256  # prepared at a time by a rank: bounds the prompts held in memory
 
@@ -28,7 +28,7 @@ def evaluate(
     judge: Judge,
     max_tokens: int,
     display: Display,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never_stop,
 ) -> dict[str, float]:
     """Fraction of right answers per task; each rank answers its share of the rows.
 
@@ -49,24 +49,35 @@ def evaluate(
     for name, (rows, captions) in tasks.items():
         mine = rows[dist.my_slice(len(rows), engines, engine)]
         with display.busy(f"evaluating {name}", len(mine)) as advance:
-
-            def answer(chunk: list[Row], captions: bool = captions, advance: Callable[[int], None] = advance) -> float:
-                prompts = []
-                for row in chunk:
-                    if should_stop():
-                        raise Preempted
-                    prompts.append(processor.prepare(row, captions))
-                seeds = [(0,)] * len(prompts)
-                groups = sampler.generate(prompts, params, seeds, on_progress=advance, should_stop=should_stop)
-                texts = [processor.decode(group.responses[0].ids) for group in groups]
-                scores = judge.score([(text, row.public()) for text, row in zip(texts, chunk, strict=True)])
-                return sum(score["accuracy"] for score in scores)
-
-            chunks = [mine[start : start + ROWS] for start in range(0, len(mine), ROWS)]
-            right = dist.together(functools.partial(_sum, answer, chunks))
+            count = functools.partial(
+                _count_right, mine, captions, params, sampler, processor, judge, advance, should_stop
+            )
+            right = dist.together(count)
         accuracy[name] = float(dist.all_reduce_sum(torch.tensor(float(right * counts)))) / len(rows)
     return accuracy
 
 
-def _sum(answer: Callable[[list[Row]], float], chunks: list[list[Row]]) -> float:
-    return sum(map(answer, chunks))
+def _count_right(
+    rows: list[Row],
+    captions: bool,
+    params: SamplingParams,
+    sampler: Sampler,
+    processor: Processor,
+    judge: Judge,
+    advance: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> float:
+    """Number of rows that this rank answers right."""
+    right = 0.0
+    for start in range(0, len(rows), ROWS):
+        prompts, chunk = [], rows[start : start + ROWS]
+        for row in chunk:
+            if should_stop():
+                raise Preempted
+            prompts.append(processor.prepare(row, captions))
+        seeds = [(0,)] * len(prompts)
+        groups = sampler.generate(prompts, params, seeds, on_progress=advance, should_stop=should_stop)
+        texts = [processor.decode(group.responses[0].ids) for group in groups]
+        scores = judge.score([(text, row.public()) for text, row in zip(texts, chunk, strict=True)])
+        right += sum(score["accuracy"] for score in scores)
+    return right

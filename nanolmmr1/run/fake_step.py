@@ -36,7 +36,7 @@ from nanolmmr1.model import qwen
 from nanolmmr1.parallel import dist, export, fsdp
 from nanolmmr1.update.objective import Tokens
 from nanolmmr1.update.pack import Pack
-from nanolmmr1.update.policy import Policy
+from nanolmmr1.update.policy import Policy, compute_dtype
 
 Sizes = Mapping[str, float]  # label -> bytes
 OFFLOADED = frozenset({"weights", "gradients", "optimizer"})  # labels of memory that dist.offload moves to the host
@@ -253,7 +253,7 @@ def fake_step(
     gpu, cfg = where.device == "cuda", copy.deepcopy(cfg)
     if gpu:
         cfg.pack.attention = cfg.pack.head = "triton"
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32")
+    dtype = compute_dtype(cfg.dtype, where.device)
     with torch.device("meta"):
         model = qwen.Qwen25VL(model_cfg).to(getattr(torch, cfg.optim.weights))
     live = Live(OFFLOADED if cfg.dist.offload else ())

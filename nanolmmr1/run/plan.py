@@ -208,7 +208,7 @@ def measure_rows(cfg: schema.Recipe, folder: Path) -> tuple[dict[str, list[tuple
     from nanolmmr1.data.prompt import Processor
     from nanolmmr1.report.display import Display
     from nanolmmr1.reward.judge import Judge
-    from nanolmmr1.run.setup import load_data  # imports the whole trainer, which is part of a run's memory
+    from nanolmmr1.run.setup import load_data, world_paths  # imports the whole trainer, which is part of a run's memory
 
     found: dict[str, list[tuple[int, int]]] = {}
     notes: list[str] = []
@@ -223,18 +223,12 @@ def measure_rows(cfg: schema.Recipe, folder: Path) -> tuple[dict[str, list[tuple
             alone.phases, alone.evaluate = {name: phase}, copy.copy(cfg.evaluate)
             alone.evaluate.tasks = {}
             if cfg.world:
-                phase.data = _placed(phase.data, Path(cfg.output) / "world")
+                phase.data = world_paths(phase.data, Path(cfg.output) / "world")
             try:
                 found |= load_data(alone, processor, judge, display).sizes
             except UserError as error:
                 notes.append(f"phases.{name}: the longest rows allowed are assumed, as they cannot be read: {error}")
     return found, notes
-
-
-def _placed(data: Any, world: Path) -> Any:
-    if isinstance(data, list):
-        return [_placed(one, world) for one in data]
-    return str(world / data.removeprefix("world:")) if data.startswith("world:") else data
 
 
 def find_longest(cfg: schema.Recipe, phase: schema.Phase, sizes: Iterable[tuple[int, int]] | None) -> Longest:

@@ -30,7 +30,7 @@ from nanolmmr1.run import checkpoint, manifest
 from nanolmmr1.run.evaluate import Tasks
 from nanolmmr1.run.trainer import Progress, Trainer
 from nanolmmr1.schema import Recipe
-from nanolmmr1.update.policy import Policy
+from nanolmmr1.update.policy import Policy, compute_dtype
 
 Sizes = list[tuple[int, int]]  # per row: prompt tokens, image patches
 
@@ -73,17 +73,21 @@ def build_world(cfg: Recipe, run: Path, display: Display) -> None:
     if not dist.on_main(world.is_dir):
         checkpoint.write_folder(world, lambda folder: build(folder, cfg.seed, display) if dist.is_main() else None)
 
-    def path_of(name: str) -> str:
-        return str(world / name.removeprefix("world:")) if name.startswith("world:") else name
-
-    def paths_of(source: str | list[str]) -> str | list[str]:
-        return path_of(source) if isinstance(source, str) else [path_of(name) for name in source]
-
-    cfg.model = path_of(cfg.model)
+    cfg.model = world_path(cfg.model, world)
     for phase in cfg.phases.values():
-        phase.data = paths_of(phase.data)
+        phase.data = world_paths(phase.data, world)
     for task in cfg.evaluate.tasks.values():
-        task["data"] = paths_of(task["data"])
+        task["data"] = world_paths(task["data"], world)
+
+
+def world_path(name: str, world: Path) -> str:
+    """The path of a `world:FILE` name; other names stay."""
+    return str(world / name.removeprefix("world:")) if name.startswith("world:") else name
+
+
+def world_paths(source: str | list[str], world: Path) -> str | list[str]:
+    """`world_path` of a data source, which may be a list."""
+    return world_path(source, world) if isinstance(source, str) else [world_path(name, world) for name in source]
 
 
 class Data(NamedTuple):
@@ -178,8 +182,7 @@ def load_model(
     Args:
         empty: leave its memory uninitialized; a checkpoint is read into all of it next.
     """
-    auto = torch.bfloat16 if device == "cuda" else torch.float32
-    dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    dtype = compute_dtype(cfg.dtype, device)
     master = getattr(torch, cfg.optim.weights)
     if master != torch.float32 and dtype == torch.float32:
         raise UserError("optim.weights=bfloat16 holds less than dtype=float32 computes: use dtype=bfloat16 as well")

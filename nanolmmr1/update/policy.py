@@ -286,6 +286,11 @@ def fused_objective(tokens: Tokens, objective: Objective) -> FusedObjective | No
     )
 
 
+def compute_dtype(name: str, device: str) -> torch.dtype:
+    """The recipe's `dtype` as a torch dtype; auto is bfloat16 on a GPU, float32 on a CPU."""
+    return getattr(torch, name if name != "auto" else "bfloat16" if device == "cuda" else "float32")
+
+
 def learning_rate(phase: Phase, optim: Optim, step: int) -> float:
     """Learning rate of step 0 ... steps - 1 of a phase: linear warm-up, then constant or cosine to min_lr_ratio."""
     if step < optim.warmup_steps:
