@@ -13,8 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nanolmmr1.reward.extract import final_answer  # noqa: E402
 from nanolmmr1.reward.judge import Judge  # noqa: E402
-from nanolmmr1.reward.rules import final_answer, plain_accuracy  # noqa: E402
+from nanolmmr1.reward.rules import decide  # noqa: E402
 from nanolmmr1.schema import Reward  # noqa: E402
 
 N = 7919  # stands in each text for a number that makes it another one
@@ -62,7 +63,7 @@ def main():
         for text in hostile():
             took, (verdict,) = judge_all([(text, "$\\frac{x+1}{7}$")], workers=1)
             answer = final_answer(f"<answer>{text}</answer>")
-            at_once = plain_accuracy(answer, "$\\frac{x+1}{7}$") is not None
+            at_once = decide(answer, "\\frac{x+1}{7}") is not None
             how = "killed" if verdict["timeout"] else "at once" if at_once else ""
             print(f"{took:6.2f} s  {how:8} {text[:90]}")
         return

@@ -128,7 +128,7 @@ from nanolmmr1.data.rows import Row, select_rows
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.schema import Prompt
 class Judge:
-    def gold_answers_ok(self, rows): return [True] * len(rows)
+    def gold_problems(self, rows): return [""] * len(rows)
 processor = Processor(sys.argv[1], Prompt())
 rows = [Row("How many? " * int(sys.argv[2]), "1"), Row("1+1?", "2", caption="How many? " * int(sys.argv[2]))]
 print(select_rows([*rows, Row("1+1?", "2")], processor, False, 4096, Judge(), "phases.a")[1])

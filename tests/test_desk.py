@@ -13,7 +13,9 @@ from nanolmmr1.desk import cold_start
 from nanolmmr1.desk.tasks import WORDS, _handwriting, guessed, worked
 from nanolmmr1.desk.world import build
 from nanolmmr1.report.display import Display
-from nanolmmr1.reward.rules import final_answer, format_reward, plain_accuracy
+from nanolmmr1.reward.extract import final_answer
+from nanolmmr1.reward.formats import format_reward
+from nanolmmr1.reward.rules import decide
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def world(tmp_path_factory):
 
 
 def accuracy_reward(response, gold):
-    return plain_accuracy(final_answer(response), final_answer(gold))
+    return decide(final_answer(response), final_answer(gold)).score
 
 
 def rows(world, name):

@@ -15,8 +15,8 @@ from nanolmmr1.errors import UserError
 from nanolmmr1.reward import judge as judge_file
 from nanolmmr1.reward import rules
 from nanolmmr1.reward.answer_size import too_large
+from nanolmmr1.reward.extract import final_answer
 from nanolmmr1.reward.judge import Judge, environment, libraries
-from nanolmmr1.reward.rules import final_answer
 from nanolmmr1.schema import Reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +250,7 @@ def test_too_large_an_answer_earns_only_as_the_same_text():
 
 def test_most_hostile_answers_cost_no_process_anything():
     texts = [final_answer(f"<answer>{text}</answer>") for text in hostile()]
-    caught = [text for text in texts if too_large(text, rules._is_prose(text))]
+    caught = [text for text in texts if too_large(text, rules.is_prose(text))]
     print(f"{len(caught)} of {len(texts)} are recognized by their size")
     assert len(caught) > 0.8 * len(texts) > 80 and str(N) in texts[0]
 

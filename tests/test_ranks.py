@@ -196,8 +196,8 @@ def choosing(folder):
         def check(self, rows):
             pass
 
-        def gold_answers_ok(self, rows):
-            return [dist.rank() == 0 or i > 0 for i in range(len(rows))]
+        def gold_problems(self, rows):
+            return ["" if dist.rank() == 0 or i > 0 else "wrong" for i in range(len(rows))]
 
     class Processor:
         def measure(self, row, captions):

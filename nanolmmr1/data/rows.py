@@ -16,6 +16,7 @@ import os
 import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Measures(Protocol):
 class ChecksGold(Protocol):
     """The part of reward.judge.Judge that `select_rows` calls."""
 
-    def gold_answers_ok(self, rows: list[dict[str, Any]]) -> list[bool]: ...
+    def gold_problems(self, rows: list[dict[str, Any]]) -> list[str]: ...
 
 
 def load_rows(source: str | list[str], columns: dict[str, str] | None = None) -> list[Row]:
@@ -162,7 +163,7 @@ def select_rows(rows: list[Row], processor: Measures, captions: bool, max_prompt
     """Select the rows that a phase can train on.
 
     Dropped are rows without a caption where captions are shown, prompts above max_prompt_tokens (image tokens
-    included), and rows whose gold answer the judge rejects as a response: no response could earn their reward.
+    included), and rows whose gold answer no response can equal: none could earn their reward.
 
     Args:
         where: the phase's key, as in "phases.text".
@@ -183,10 +184,10 @@ def select_rows(rows: list[Row], processor: Measures, captions: bool, max_prompt
     progress = track(captioned, "counting prompt tokens", transient=True, disable=len(rows) <= 200)
     measured = [(row, measure(row)) for row in progress]
     short = [(row, size) for row, size in measured if size[0] <= max_prompt_tokens]
-    accepted = judge.gold_answers_ok([row.public() for row, _ in short]) if short else []
-    selected = [each for each, ok in zip(short, accepted, strict=True) if ok]
+    problems = judge.gold_problems([row.public() for row, _ in short])
+    selected = [each for each, problem in zip(short, problems, strict=True) if not problem]
     dropped = {"no caption": len(rows) - len(captioned), "prompt too long": len(captioned) - len(short),
-               "gold answer fails against itself": len(short) - len(selected)}
+               **Counter(filter(None, problems))}
     dropped = {reason: count for reason, count in dropped.items() if count}
     if not selected:
         tokens = [size[0] for _, size in measured]

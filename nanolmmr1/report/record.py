@@ -64,7 +64,8 @@ def step_record(
         "phase": progress.phase,
         "step": progress.step,
         "phase_step": progress.phase_step,
-        **{f"reward/{key}": _mean([j[key] for j in judgements if key in j]) for key in sorted(rewards)},
+        **{f"reward/{key}": _mean([j.get(key, 0.0) for j in judgements if key in j or key.startswith("reason/")])
+           for key in sorted(rewards)},
         "reward/timeouts": sum(j["timeout"] for j in judgements),
         "reward/frac_zero_std": 1 - _mean([len(set(group.rewards)) > 1 for group in sampled]),
         "actor/pg_loss": update["pg_loss"] / update["updates"],

@@ -11,6 +11,7 @@ Next: worker.py, inside a worker process.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,11 +23,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import Any, NamedTuple, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from nanolmmr1 import schema
 from nanolmmr1.errors import UserError
-from nanolmmr1.reward.rules import FORMATS, check_format, final_answer, format_reward, is_too_large, plain_accuracy
+from nanolmmr1.reward.choice import listed_options
+from nanolmmr1.reward.extract import final_answer, gold_answer
+from nanolmmr1.reward.formats import FORMATS, check_format, format_reward
+from nanolmmr1.reward.rules import Node, Verdict, decide, gold_problem, tree
 from nanolmmr1.reward.worker import Call, Message, Question
 
 CACHE_SIZE = 8192  # verdicts
@@ -72,13 +76,6 @@ class WorkerDied(Exception):
         self.status = status  # exit status; negative: number of the signal that killed it
 
 
-class Verdict(NamedTuple):
-    """The answer to a Question."""
-
-    score: float
-    timeout: int  # 1 if the rule was killed on its deadline or exceeded its memory; then the score is 0
-
-
 class Judge:
     """Scores responses. Use it as a context manager or close it; worker processes start when first needed."""
 
@@ -119,14 +116,9 @@ class Judge:
         check_format(self.cfg.format)
         self._call_functions([(row["answer"], row) for row in rows[:1]])
 
-    def gold_answers_ok(self, rows: Sequence[Row]) -> list[bool]:
-        """Whether each row's gold answer, given as the response, earns the accuracy reward. If not, no answer can.
-
-        False too for gold that is too large to compute: only the same text would be right.
-        """
-        questions = [_accuracy_question(f"<answer>{row['answer']}</answer>", row) for row in rows]
-        verdicts = self._verdicts(questions)
-        return [verdicts[question].score == 1.0 and not is_too_large(question.expected) for question in questions]
+    def gold_problems(self, rows: Sequence[Row]) -> list[str]:
+        """Per row the reason why no response can earn the accuracy reward; "" if there is none."""
+        return [gold_problem(gold_answer(row["answer"])) for row in rows]
 
     def score(self, pairs: Sequence[tuple[str, Row]]) -> list[dict[str, float]]:
         """Score responses.
@@ -136,7 +128,8 @@ class Judge:
 
         Returns:
             Per pair: overall (the weighted sum), format, accuracy, the value of every user function by its name (and
-            further numbers as name/part), timeout (1 if a built-in rule was killed, which scores 0).
+            further numbers as name/part), timeout (1 if a built-in rule was killed, which scores 0), and 1 for the
+            reason of the accuracy, such as reason/parsed (see rules.REASONS).
 
         Raises:
             RewardError: a user function raised, returned no finite number or missed the deadline.
@@ -150,7 +143,8 @@ class Judge:
             overall = self.cfg.format_weight * format.score + self.cfg.accuracy_weight * accuracy.score
             overall += sum(weight * values[name] for name, (_, weight) in self.functions.items())
             scores = {"overall": overall, "format": format.score, "accuracy": accuracy.score, **values}
-            judgements.append(scores | {"timeout": max(format.timeout, accuracy.timeout)})
+            late = int("deadline" in (format.reason, accuracy.reason))
+            judgements.append(scores | {"timeout": late, f"reason/{accuracy.reason}": 1.0})
         return judgements
 
     def _verdicts(self, questions: Iterable[Question]) -> dict[Question, Verdict]:
@@ -158,13 +152,14 @@ class Judge:
         verdicts: dict[Question, Verdict] = {}
         hard = []
         for question in dict.fromkeys(questions):
-            rule, text, expected = question
-            if rule == "accuracy":
-                score = plain_accuracy(text, expected)
+            if question.rule == "accuracy":
+                verdict = decide(question.text, question.expected, question.options)
+            elif question.expected in FORMATS:
+                verdict = Verdict(format_reward(question.text, question.expected), "text")
             else:
-                score = format_reward(text, expected) if expected in FORMATS else None
-            if score is not None:
-                verdicts[question] = Verdict(score, 0)
+                verdict = None
+            if verdict is not None:
+                verdicts[question] = verdict
             elif question in self.cache:
                 verdicts[question] = self.cache[question] = self.cache.pop(question)  # now most recently used
             else:
@@ -183,7 +178,7 @@ class Judge:
                 text = f"a judging process failed on {question.rule}; its traceback stands above"
                 raise RuntimeError(text) from death
             reply = {}
-        return Verdict(reply["value"], 0) if "value" in reply else Verdict(0.0, 1)
+        return Verdict(*reply["value"]) if "value" in reply else Verdict(0.0, "deadline")
 
     def _call_functions(self, pairs: Sequence[tuple[str, Row]]) -> list[dict[str, float]]:
         """{function: value, function/part: value} per pair."""
@@ -205,7 +200,16 @@ class Judge:
 
 
 def _accuracy_question(response: str, row: Row) -> Question:
-    return Question("accuracy", final_answer(response), final_answer(row["answer"]))
+    gold, parts, options = _gold(row["answer"], row.get("problem", ""), tuple(map(str, row.get("options") or ())))
+    return Question("accuracy", final_answer(response, parts), gold, options)
+
+
+@functools.lru_cache(CACHE_SIZE)
+def _gold(answer: str, problem: str, options: tuple[str, ...]) -> tuple[str, int, tuple[str, ...]]:
+    """A gold answer, the number of its parts, and the options to choose from."""
+    gold = gold_answer(answer)
+    parts = tree(gold, True)
+    return gold, len(parts.items) if isinstance(parts, Node) else 1, options or tuple(listed_options(problem))
 
 
 class Workers:

@@ -1,239 +1,379 @@
-r"""Rules that score a response: pure functions from strings to 0.0 or 1.0.
+r"""The accuracy rule: whether a response's final answer is the gold one. Pure functions of text.
 
-A response earns a format reward (does it have the requested shape?) and an accuracy reward (is its final answer the
-gold one?). The trainer's process decides format, option letters, plain numbers and words itself. Mathematics and
-regular expressions run in worker processes, because sooner or later a model answers 9^{9^{9^9}}: a worker that misses
-its deadline is killed and replaced.
+Both texts are normalised (normal.py). Gold decides how they are compared: as option letters, as numbers with units, as
+lists and tuples part by part, as words, or as mathematics. The trainer's process decides all but the last. Mathematics
+runs in worker processes, because sooner or later a model answers 9^{9^{9^9}}: a worker that misses its deadline is
+killed and replaced.
 
-Next: answer_size.py, answers that are too large to compute.
+Next: formats.py, the shape of a response.
 """
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
-from nanolmmr1.errors import UserError
-from nanolmmr1.reward.answer_size import too_large
+from nanolmmr1.reward.answer_size import MAX_DEPTH, too_large
+from nanolmmr1.reward.choice import chosen_letters, gold_letters, option_value
+from nanolmmr1.reward.normal import closing, strip_outside
+from nanolmmr1.reward.values import equal_values, read_value, split_unit
 
-ANSWER_CHARS = 2000  # longer answers are cut: math_verify's patterns take quadratic time
+REASONS = ("parsed", "letter", "value", "text", "unread", "deadline")
+MOST_WORDS = 12  # of a gold answer that only the same text equals
 
-_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
-_FENCES = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
-_FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
-_LEAD = re.compile(r"(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is\b|\s*[:=])\s*:?", re.IGNORECASE)
-_LETTER = re.compile(r"\(?([A-Za-z])\)?")
-_LETTER_AND_TEXT = re.compile(r"\(?([A-Z])(?:\)[.:]?|[.:]\s)\s*\S.*", re.DOTALL)
-_LETTER_IN_PROSE = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b(?!['’])"
-                              r"(?!\)?\s*(?:or\b|and\b|[,/&])\s*\(?[A-Z]\b)")
-_NUMBER = re.compile(r"([-+]?)(?:\\?\$)?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-_FENCED = re.compile(r"\$|\\\(|\\\[")
-_COMMANDS = re.compile(r"\\(?:begin|end|operatorname|text|math[a-z]+)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(pi|sin|cos|tan|ln|log|exp)(?![A-Za-z])")
-_PROSE = re.compile(r"[A-Za-z]{3}|[A-Za-z]{2}\s+[A-Za-z]{2}")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}")
-
-
-def _has_tags(response: str, *tags: str) -> bool:
-    return all(response.count(f"<{tag}>") == response.count(f"</{tag}>") == 1 for tag in tags)
-
-
-def _think_answer(response: str) -> bool:
-    response = response.strip()
-    between = response.partition("</think>")[2].partition("<answer>")[0]
-    return (
-        _has_tags(response, "think", "answer")
-        and response.startswith("<think>")
-        and response.endswith("</answer>")
-        and not between.strip()
-        and response.index("</think>") < response.index("<answer>")
-    )
-
-
-def _think_boxed(response: str) -> bool:
-    response = response.strip()
-    boxed = last_boxed(response.partition("</think>")[2])
-    return _has_tags(response, "think") and response.startswith("<think>") and boxed is not None
+_COMMANDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_PROSE = re.compile(r"[A-Za-z]{3}|[A-Za-z]{2}\s+[A-Za-z]{2}|[\u3040-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2}")
+_WORD = re.compile(r"(?:[A-Za-z'\-]{3,}|is|of|to|in|so|we|as|at|by|it|be|an|if|my|on|no|do)[.,;:!?]*")
+_TOKEN = re.compile(r"(\\begin\{|[(\[{]|\\\{)|(\\end\{|[)\]}]|\\\})|"
+                    r"(\s*(?:\\cup(?![A-Za-z])|,(?:\s*(?:and|or)\b)?|;|\b(?:and|or)\b|[和或与及])\s*)")  # fmt: skip
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_LOOSE = re.compile(r",\s|;|\b(?:and|or)\b")
+_NUMBERED = re.compile(r"(?:(?<=[\s,;])|^)(?:\(([1-9])\)|([1-9])\)|Part\s+([1-9])\s*[:.)])\s*[,;:.]?\s*")
+_ABOUT = re.compile(r"(?:\\approx|\\sim|≈|~|=|"
+                    r"\b(?:about|approximately|approx\.?|roughly|around|nearly|almost|equals)\b|"
+                    r"约[为是]?|大约|近似[为于]?|"
+                    r"\+(?=\s*\\?[0-9A-Za-z]))\s*")  # fmt: skip
+_NAME = re.compile(r"(?:m\s*)?(?:\\(?:angle|triangle|overline|widehat|vec|text)\s*\{?\s*[A-Za-z]{1,4}\s*\}?|"
+                   r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,12}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
+                   r"\([A-Za-z](?:,\s?[A-Za-z]){1,3}\)|[A-Za-z][A-Za-z ]{0,39})")  # fmt: skip
+_IN = re.compile(rf"({_NAME.pattern})\s*\\in(?![A-Za-z])\s*")
+_RELATION = re.compile(r"\s*(\\(?:le|ge)(?![A-Za-z])|[<>])\s*")
+_VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w\}?)?|[A-Za-z]\s*\([A-Za-z]\)")
+_BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
+                      r"(?:\\in\s*\\mathbb\s*\{?[RQZN]\}?\s*)?[|:]\s*(.+?)\s*\\?\}")
+_REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+reals|全体实数|"
+                    r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
+_RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
+_BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*\{?\s*[0-9]+\s*\}?")  # 110_2
+_CJK = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
+_CLOCK = re.compile(r"\b[0-2]?[0-9]:[0-5][0-9]\b(?!\s*:)")
 
 
-FORMATS: dict[str, Callable[[str], bool]] = {
-    "think_answer": _think_answer,
-    "think_boxed": _think_boxed,
-    "boxed": lambda response: last_boxed(response) is not None,
-}
+class Verdict(NamedTuple):
+    """Whether an answer is right, and the rule that decided."""
+
+    score: float
+    reason: str  # one of REASONS
 
 
-def format_reward(response: str, format: str) -> float:
-    r"""1.0 if the whole response has the format, else 0.0.
+class Node(NamedTuple):
+    """A list of parts, or a tuple or an interval with its brackets."""
 
-    Args:
-        format: one of these, or a regular expression.
-            think_answer: `<think>...</think>`, optional whitespace, `<answer>...</answer>` and nothing else, each tag
-            exactly once. LMM-R1 (arXiv 2503.07536) allows no whitespace between the blocks; we do, and around them too.
-            think_boxed: one `<think>...</think>`, then text with a closed \boxed{...}.
-            boxed: a closed \boxed{...} anywhere.
-            These take linear time. A regular expression (re.fullmatch with DOTALL) may never end: run it in a worker.
-    """
-    if format in FORMATS:
-        return float(FORMATS[format](response))
-    return float(re.fullmatch(format, response, re.DOTALL) is not None)
+    kind: str  # "list", in any order; "ordered"; or the brackets, as in "(]"
+    items: "tuple[Tree, ...]"
 
 
-def check_format(format: str) -> None:
-    """Check the recipe's format.
-
-    Raises:
-        UserError: it is neither a named format nor a valid regular expression.
-    """
-    if format in FORMATS:
-        return
-    if re.fullmatch(r"\w*", format):
-        raise UserError(f"reward.format={format!r}: one of {', '.join(FORMATS)}, or a regular expression, is needed")
-    try:
-        re.compile(format, re.DOTALL)
-    except re.error as error:
-        raise UserError(f"reward.format={format!r} is no regular expression: {error}") from error
+Tree = str | Node
+Equal = Callable[[str, str], bool | None]
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last closed \boxed{...}, or None. Linear time.
-
-    Braces are balanced; of nested boxes the outermost counts.
-    """
-    starts: list[int | None] = []  # of open braces: where the content of a box starts, None for other braces
-    content = None
-    for match in _BRACES.finditer(text) if r"\boxed" in text else ():
-        if match[1] or match[2] == "{":
-            starts.append(match.end() if match[1] else None)
-        elif match[2] == "}" and starts:
-            start = starts.pop()
-            if start is not None:
-                content = text[start : match.start()]
-    return content
+class Undecided(Exception):
+    """The texts must be compared as mathematics, and that is not possible here."""
 
 
-def final_answer(text: str) -> str:
-    r"""The final answer in a response, or in a gold answer, without its wrapping.
-
-    It is searched inside the last <answer>...</answer>, or in the whole text if there is none: the last \boxed{...},
-    else the text after the last </think>. Of this we keep the last ANSWER_CHARS characters and strip "The answer is",
-    $...$, \text{...}, **...** and a closing full stop.
-    """
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    if closed and opened:
-        text = inside
-    boxed = last_boxed(text)
-    text = text.rpartition("</think>")[2] if boxed is None else boxed
-    text = text[-ANSWER_CHARS:].replace("\u2212", "-").replace("\u2013", "-")
-    for _ in range(8):  # deeper wrapping is not an answer
-        before, text = text, text.strip().removesuffix(".").rstrip()
-        for left, right in _FENCES:
-            inside = text[len(left) : -len(right)]
-            if text.startswith(left) and text.endswith(right) and inside and left not in inside:
-                text = inside
-        if font := _FONT.fullmatch(text):
-            text = font[1]
-        if (boxed := last_boxed(text)) is not None:
-            text = boxed
-        if lead := _LEAD.match(text):
-            text = text[lead.end() :]
-        if text == before:
-            break
-    return text
-
-
-def plain_accuracy(answer: str, gold: str) -> float | None:
-    r"""Compare two final answers without mathematics. The first rule that applies decides:
+def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | None = None) -> Verdict | None:
+    r"""Compare two normalised final answers. The first rule that applies decides:
 
     1. Nothing equals an empty answer.
-    2. Gold is an option letter: the answer is the same letter, as "B", "(b)", "B.", "B) 12", \text{B} or "the answer is
-       B", and not two letters. A letter never equals a number.
-    3. Both are plain numbers (sign, digits, thousands commas, decimals, a leading $): they are exactly equal.
-    4. Gold is words without a digit, or one of the two is too large to compute (answer_size.py): they are equal as
-       text, ignoring case, whitespace and outer punctuation.
+    2. Equal as text, ignoring case, whitespace and outer punctuation.
+    3. Gold is an option letter, a letter with its text, or several letters: the answer chooses the same ones, or is the
+       value of that option and of no other. If gold is a value, the letter of an option with this value equals it.
+    4. Lists are equal part by part in any order, tuples and intervals in order and by their brackets. A gold of several
+       parts is not met by one of them, nor one by several. Inequalities are intervals.
+    5. Numbers with units are equal exactly; see values.py.
+    6. Gold is words: equal as text only.
+    7. Mathematics: `equal` decides.
 
-    Gold is always read whole, never as "some number in it". If it cannot be read, no answer is right (LMM-R1 scores 1).
+    Gold is read whole, never as "some number in it". Of a sentence, the last formula counts.
 
-    Returns:
-        0.0 or 1.0, or None if `mathematical_accuracy` must decide.
+    Args:
+        options: texts of a multiple-choice problem's options, in order.
+        equal: compares two expressions; without it, the result is None if rule 7 is needed.
     """
     if not answer or not gold:
-        return 0.0
-    if (letter := _LETTER.fullmatch(gold)) and letter[1].isupper():
-        return float(_chosen_letter(answer) == letter[1])
-    numbers = _plain_number(answer), _plain_number(gold)
-    if None not in numbers:
-        return float(numbers[0] == numbers[1])
-    if (not re.search(r"[0-9]", gold) and _is_prose(gold)) or is_too_large(answer) or is_too_large(gold):
-        return float(_as_text(answer) == _as_text(gold))
+        return Verdict(0.0, "unread")
+    if as_text(answer) == as_text(gold):
+        return Verdict(1.0, "letter" if gold_letters(gold) else "value" if read_value(gold) else "text")
+    try:
+        letters = gold_letters(gold)
+        if letters:
+            return _decide_letters(answer, *letters, options, equal)
+        verdict = _Comparison(equal).verdict(answer, gold)
+        chosen = chosen_letters(answer) if options and not verdict.score else ""
+        if chosen and (value := option_value(chosen, options)):
+            verdict = max(verdict, _Comparison(equal).verdict(value, gold), key=lambda each: each.score)
+        return verdict
+    except Undecided:  # parts are no larger than the whole
+        return Verdict(0.0, "unread") if is_too_large(answer) or is_too_large(gold) else None
+
+
+def _decide_letters(answer: str, letters: str, text: str, options: Sequence[str], equal: Equal | None) -> Verdict:
+    chosen = chosen_letters(answer)
+    if chosen or len(letters) > 1:
+        return Verdict(float(chosen == letters), "letter")
+    values = [option_value(letter, options) for letter in "ABCDEFGHIJ"[: len(options)]]
+    index = "ABCDEFGHIJ".index(letters)
+    wanted = text or (values[index] if index < len(values) else "")
+    if not wanted:
+        return Verdict(0.0, "letter")
+    others = [value for i, value in enumerate(values) if value and i != index]
+    comparison = _Comparison(equal)
+    verdict = comparison.verdict(answer, wanted)
+    if verdict.score and any(comparison.verdict(other, wanted).score for other in others):
+        return Verdict(0.0, "letter")  # two options have this value
+    return verdict
+
+
+class _Comparison:
+    """A comparison of two answers; `reason` is the last rule that decided a part."""
+
+    def __init__(self, equal: Equal | None) -> None:
+        self.equal, self.reason = equal, "text"
+
+    def verdict(self, answer: str, gold: str) -> Verdict:
+        score = float(self.match(tree(answer, is_prose(gold)), tree(gold, True)))
+        return Verdict(score, self.reason)
+
+    def match(self, answer: Tree, gold: Tree) -> bool:
+        if isinstance(answer, str) and isinstance(gold, str):
+            return self.match_leaves(answer, gold)
+        if isinstance(answer, str) or isinstance(gold, str):
+            self.reason = "value"
+            return False
+        if {answer.kind, gold.kind} <= {"list", "ordered"} and {answer.kind, gold.kind} != {"ordered"}:
+            return self.match_sets(list(answer.items), list(gold.items))
+        same = answer.kind == gold.kind and len(answer.items) == len(gold.items)
+        return same and all(self.match(a, g) for a, g in zip(answer.items, gold.items, strict=True))
+
+    def match_sets(self, answers: list[Tree], golds: list[Tree]) -> bool:
+        if len(answers) != len(golds):
+            self.reason = "value"
+            return False
+        for gold in golds:
+            for i, answer in enumerate(answers):
+                if self.match(answer, gold):
+                    del answers[i]
+                    break
+            else:
+                return False
+        return True
+
+    def match_leaves(self, answer: str, gold: str) -> bool:
+        (name, answer_side), (gold_name, gold_side) = _split_name(answer), _split_name(gold)
+        if bool(name or "=" not in answer) and bool(gold_name or "=" not in gold):
+            if name and gold_name and as_text(name) != as_text(gold_name):
+                return self.match_expressions(answer, gold)  # y = 2x is x = y/2
+            answer, gold = answer_side, gold_side
+        if as_text(answer) == as_text(gold):
+            return True
+        value, gold_value = read_value(answer), read_value(gold)
+        if value and gold_value:
+            self.reason = "value"
+            return equal_values(value, gold_value)
+        if _CLOCK.search(gold) or _BASE.fullmatch(gold) or (is_prose(gold) and not gold_value):
+            self.reason = "text"
+            return False
+        if gold_ratio := _ratio(gold):
+            self.reason = "value"
+            ratio = _ratio(answer) or ([value.number, Fraction(1)] if value and len(gold_ratio) == 2 else [])
+            pairs = zip(ratio, gold_ratio, strict=False)
+            return len(ratio) == len(gold_ratio) and all(a * gold_ratio[0] == b * ratio[0] for a, b in pairs)
+        (answer, unit), (gold, gold_unit) = split_unit(answer), split_unit(gold)
+        return (not (unit and gold_unit) or unit == gold_unit) and self.match_expressions(answer, gold)
+
+    def match_expressions(self, answer: str, gold: str) -> bool:
+        self.reason = "unread"
+        if is_prose(answer):
+            return False
+        if self.equal is None:
+            raise Undecided
+        equal = self.equal(*_same_angles(answer, gold))
+        self.reason = "unread" if equal is None else "parsed"
+        return bool(equal)
+
+
+@functools.lru_cache(4096)
+def tree(text: str, prose: bool) -> Tree:
+    """The parts of a normalised answer. Unless `prose` is asked for, a sentence is replaced by its last formula."""
+    text = strip_outside(text)
+    while about := _ABOUT.match(text):
+        text = strip_outside(text[about.end() :])
+    if read_value(text) or _depth(text) > MAX_DEPTH:
+        return text
+    if _REALS.fullmatch(text):
+        return Node("()", (r"-\infty", r"\infty"))
+    if _LOOSE.search(text):
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    if parts := _numbered(text):
+        return Node("ordered", tuple(tree(part, prose) for part in parts))
+    items = split(text)
+    if len(items) > 1 and all(_is_part(item, prose) for item in items):
+        return _listed(items, prose)
+    if not prose and is_prose(text):
+        formula = _last_formula(text)
+        return tree(formula, True) if formula else text
+    return _bracketed(text, prose)
+
+
+def _bracketed(text: str, prose: bool) -> Tree:
+    """The parts of a text that no separator divides: a set, a tuple, an interval, an inequality, or one leaf."""
+    if builder := _BUILDER.fullmatch(text):
+        return tree(builder[1], prose)
+    if text == r"\emptyset":
+        return Node("list", ())
+    name, equals, rest = text.partition("=")
+    if member := _IN.match(text):
+        name, equals, rest = member[1], member[0], text[member.end() :]
+    if equals and _NAME.fullmatch(name.strip()) and isinstance(node := _bracketed(rest.strip(), prose), Node):
+        return node
+    for left, right in ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
+        if text.startswith(left) and text.endswith(right) and closing(text, len(left) - 1) == len(text):
+            inside = text[len(left) : -len(right)].strip()
+            items = split(inside)
+            if "{" in left:
+                return _listed(items, prose) if inside and (len(items) > 1 or left == r"\{") else \
+                    tree(inside, prose) if inside else Node("list", ())
+            return Node(left + right, tuple(tree(item, True) for item in items)) if len(items) > 1 else \
+                tree(inside, prose)
+    if text.count(r"\pm") == 1 and not is_prose(text):
+        name, rest = _split_name(text)
+        plus = rest.replace(r"\pm", "+").strip().removeprefix("+")
+        return Node("list", (plus.strip(), re.sub(r"\\pm\s*", "-", rest)))
+    return _interval(text) or text
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested in a text."""
+    depth = deepest = 0
+    for match in _TOKEN.finditer(text):
+        depth += 0 if match[3] is not None else 1 if match[1] else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _listed(items: list[str], prose: bool) -> Tree:
+    """A list of parts, each once."""
+    parts = tuple(dict.fromkeys(tree(item, prose) for item in items))
+    if len(parts) == 1 and len(items) > 1:
+        return parts[0]
+    return Node("list", parts)
+
+
+def _interval(text: str) -> Node | None:
+    """An inequality of one variable, such as x > 2 or 1 < x \\le 3, as an interval."""
+    pieces = _RELATION.split(text)
+    if len(pieces) not in (3, 5) or is_prose(text) or "" in pieces:
+        return None
+    if len(pieces) == 3 and not _VARIABLE.fullmatch(pieces[0]):
+        pieces = [pieces[2], {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[pieces[1]], pieces[0]]
+    if len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0]) and not re.search("[a-z]", _COMMANDS.sub("", pieces[2])):
+        closed = pieces[1].startswith("\\")
+        if pieces[1] in ("<", r"\le"):
+            return Node("(" + ")]"[closed], (r"-\infty", pieces[2]))
+        return Node("(["[closed] + ")", (pieces[2], r"\infty"))
+    if len(pieces) == 5 and _VARIABLE.fullmatch(pieces[2]):
+        low, first, _, second, high = pieces
+        rising = first in ("<", r"\le"), second in ("<", r"\le")
+        if rising == (False, False):
+            low, first, second, high = high, second, first, low
+        if rising[0] == rising[1]:
+            return Node("(["[first.startswith("\\")] + ")]"[second.startswith("\\")], (low, high))
     return None
 
 
-def mathematical_accuracy(answer: str, gold: str) -> float:
-    """Compare two final answers by math_verify (expressions, sets, intervals, equations, LaTeX), else as text.
+def split(text: str) -> list[str]:
+    """The parts of a text between the commas, "and" and "or" outside its brackets."""
+    depth, parts, at = 0, [], 0
+    for match in _TOKEN.finditer(text):
+        if match[3] is None:
+            depth += 1 if match[1] else -1
+        elif depth <= 0:
+            parts.append(text[at : match.start()])
+            at = match.end()
+    return [part.strip() for part in (*parts, text[at:]) if part.strip()]
 
-    Time and memory are unbounded, so it runs in a worker process.
 
-    Raises:
-        MemoryError: the comparison exceeds the process's memory limit.
-    """
-    # Imported here: sympy is slow to import, and the trainer's process does not need it.
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+def _numbered(text: str) -> list[str]:
+    """The parts of a text that numbers them, as (1) 3 (2) 4."""
+    marks = list(_NUMBERED.finditer(text))
+    if len(marks) < 2 or [next(filter(None, m.groups())) for m in marks] != list("123456789"[: len(marks)]):
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    parts = [strip_outside(text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+    return parts if all(parts) and (not text[: marks[0].start()].strip() or is_prose(text[: marks[0].start()])) else []
 
-    # No timeouts of math_verify: these use signals, which do not interrupt a long C call. judge.py has a deadline.
-    options: dict[str, Any] = dict(parsing_timeout=None, fallback_mode="no_fallback", raise_on_error=True)
 
-    def read(text: str, whole: bool) -> Any:
-        if whole:
-            latex = _REPEATING.sub(_as_fraction, _FUNCTIONS.sub(r"\\\1", " ".join(text.split())))
-            return parse(f"${latex}$", [LatexExtractionConfig()], extraction_mode="first_match", **options)
-        return parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], **options)
+def _is_part(item: str, prose: bool) -> bool:
+    return not is_prose(item) or read_value(item) is not None or (prose and len(item.split()) <= 3)
 
-    # From prose math_verify takes the last number; from a bare 2\sqrt{3} meters that would be the 2.
-    whole = not _FENCED.search(answer) and ("\\" in answer or not _is_prose(answer))
+
+def _last_formula(text: str) -> str:
+    """The last words of a sentence that are no words: of "so x is 3 or 4 there", 3 or 4."""
+    run: list[str] = []
+    found: list[str] = []
+    for token in text.split():
+        joins = token in ("and", "or", "and,", "or,")
+        if (_WORD.fullmatch(token) or _CJK.search(token)) and not (joins and run):
+            found, run = run or found, []
+        elif not (token in ("a", "A", "I") and not run):
+            run.append(token)
+    text = " ".join(run or found)
+    return re.sub(r"^(?:and|or)\b|\b(?:and|or)$", "", strip_outside(text)).strip()
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """(name, right side) of a text such as x = 5 or m\\angle ABC = 65^\\circ; of 2 + 3 = 5, ("1", "5")."""
+    left, *_, right = text.split("=") if "=" in text and not _RELATION.search(text) else ("", text)
+    left, right = left.strip().rstrip(":"), right.strip()
+    if left and right and _NAME.fullmatch(left):
+        return left, right
+    if left and right and not re.search("[A-Za-z]", _COMMANDS.sub("", left)):
+        return "", right
+    return "", text
+
+
+def _ratio(text: str) -> list[Fraction]:
+    match = _RATIO.fullmatch(text)
     try:
-        expected = read(gold, not _FENCED.search(gold))
-        if verify(expected, read(answer, whole), timeout_seconds=None, raise_on_error=True):
-            return 1.0
-    except MemoryError:
-        raise
-    except Exception:
-        pass  # sympy raises nearly any type on pairs that it cannot compare; they may still be equal as text
-    return float(_as_text(answer) == _as_text(gold))
+        numbers = [Fraction(each) for each in match.groups() if each] if match else []
+    except ValueError:  # as in 1.2.3
+        return []
+    return numbers if all(numbers) else []
 
 
-def _chosen_letter(answer: str) -> str | None:
-    """The option letter that an answer chooses, or None."""
-    if match := _LETTER.fullmatch(answer):
-        return match[1].upper()
-    match = _LETTER_AND_TEXT.fullmatch(answer)
-    if match and set(re.findall(r"\b([A-Z])\)", answer)) <= {match[1]}:
-        return match[1]
-    letters = _LETTER_IN_PROSE.findall(" ".join(re.sub(r"\\[A-Za-z]+|[*${}]", " ", answer).split()))
-    return letters[-1] if letters else None
+def _same_angles(answer: str, gold: str) -> tuple[str, str]:
+    """Both expressions without degree signs, in radians if only one has them and the other has pi."""
+    degree = r"^\circ"
+    for here, there in ((answer, gold), (gold, answer)):
+        if degree in here and degree not in there and r"\pi" in there:
+            here = here.replace(degree, r"\cdot\frac{\pi}{180}")
+            return (here, gold) if there is gold else (answer, here)
+    return answer.replace(degree, " "), gold.replace(degree, " ")
 
 
-def _plain_number(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text) if len(text) <= 100 else None
-    return Fraction(match[1] + match[2].replace(",", "")) if match else None
+def is_prose(text: str) -> bool:
+    """Whether a normalised text has words that are no mathematics."""
+    return _PROSE.search(_COMMANDS.sub(" ", text)) is not None
 
 
 def is_too_large(text: str) -> bool:
     """Whether a final answer is too large to compute; see answer_size.py."""
-    return too_large(text, _is_prose(text))
+    return too_large(text, is_prose(text))
 
 
-def _is_prose(text: str) -> bool:
-    return _PROSE.search(_FUNCTIONS.sub(" ", _COMMANDS.sub(" ", text))) is not None
+def as_text(text: str) -> str:
+    """A text for comparison as words. An exclamation mark behind a number or a letter of mathematics stays: 3! is 6."""
+    text = "".join(text.split()).casefold().strip(".,;:?'\"`")
+    return text.rstrip("!") if is_prose(text) else text
 
 
-def _as_text(text: str) -> str:
-    return "".join(text.split()).casefold().strip(".,;:!?'\"`")
-
-
-def _as_fraction(match: re.Match[str]) -> str:
-    r"""A repeating decimal as \frac{a}{b}: math_verify reads 0.\overline{3} as 0."""
-    whole, fixed, period = match.groups()
-    value = Fraction(f"{whole or 0}.{fixed or 0}") + Fraction(int(period), 10 ** len(fixed) * (10 ** len(period) - 1))
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+def gold_problem(gold: str) -> str:
+    """The reason why no response can be right, of a normalised gold answer; "" if there is none."""
+    if not gold:
+        return "no gold answer"
+    if is_too_large(gold):
+        return "gold answer too large to compute"
+    if is_prose(gold) and not gold_letters(gold) and len(gold.split()) + len(_CJK.findall(gold)) // 2 > MOST_WORDS:
+        return f"gold answer of more than {MOST_WORDS} words, which only the same text equals"
+    return ""

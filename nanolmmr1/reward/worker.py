@@ -29,13 +29,15 @@ from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 from nanolmmr1.errors import UserError
-from nanolmmr1.reward.rules import format_reward, mathematical_accuracy
+from nanolmmr1.reward.algebra import equal_expressions
+from nanolmmr1.reward.formats import format_reward
+from nanolmmr1.reward.rules import decide
 
 GRACE_S = 2.0  # after the deadline of a user function, a child ends itself: its trainer is gone
 MEMORY = 2 << 30  # bytes that a built-in rule may map in addition to those already mapped
-WARM_UP = ((r"\frac{1}{2}", "0.5"), ("x + 1", "$1+x$"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)"))
+WARM_UP = ((r"\frac{1}{2}", "0.5"), ("x + 1", "1+x"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)"))
 Message = dict[str, Any]
-Rule = Callable[[str, str], float]
+Rule = Callable[[], tuple[float, str]]
 
 
 class Question(NamedTuple):
@@ -44,6 +46,7 @@ class Question(NamedTuple):
     rule: str  # "format" or "accuracy"
     text: str  # the response, or its final answer
     expected: str  # the format, or gold's final answer
+    options: tuple[str, ...] = ()  # of a multiple-choice problem
 
 
 class Call(NamedTuple):
@@ -68,7 +71,7 @@ def main(timeout_s: str, verify_s: str, *functions: str) -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
 
     for answer, gold in WARM_UP:
-        mathematical_accuracy(answer, gold)  # imports sympy's modules and fills the parser's tables
+        equal_expressions(answer, gold)  # imports sympy's modules and fills the parser's tables
     hello: Message = {}
     while True:
         child = os.fork()
@@ -98,7 +101,6 @@ def serve(
         send(hello | {"error": str(error)})
         return
     send(hello)
-    rules: dict[str, Rule] = {"format": format_reward, "accuracy": mathematical_accuracy}
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in requests:
         # The default action of both timers' signals ends the process, even inside C code.
@@ -108,15 +110,24 @@ def serve(
                 signal.setitimer(signal.ITIMER_REAL, timeout_s + GRACE_S)
                 reply = call_function(loaded[function], function, response, row)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            case {"rule": rule, "text": text, "expected": expected}:
+            case {"rule": _}:
                 signal.setitimer(signal.ITIMER_PROF, verify_s)  # CPU time
-                reply = apply_rule(rules[rule], text, expected)
+                reply = apply_rule(functools.partial(answer_question, Question(**json.loads(line))))
                 signal.setitimer(signal.ITIMER_PROF, 0)
         send(reply)
 
 
-def apply_rule(rule: Rule, text: str, expected: str) -> Message:
-    """{"value": score}, or {"memory": MEMORY} if the rule exceeds the limit."""
+def answer_question(question: Question) -> tuple[float, str]:
+    """(score, reason) of a built-in rule."""
+    if question.rule == "format":
+        return format_reward(question.text, question.expected), "text"
+    verdict = decide(question.text, question.expected, question.options, equal_expressions)
+    assert verdict is not None, "mathematics is possible here"
+    return verdict
+
+
+def apply_rule(rule: Rule) -> Message:
+    """{"value": (score, reason)}, or {"memory": MEMORY} if the rule exceeds the limit."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":  # elsewhere only time is limited
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -124,7 +135,7 @@ def apply_rule(rule: Rule, text: str, expected: str) -> Message:
         limit = mapped + MEMORY if limits[0] == resource.RLIM_INFINITY else min(mapped + MEMORY, limits[0])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
     try:
-        return {"value": rule(text, expected)}
+        return {"value": rule()}
     except MemoryError:
         return {"memory": MEMORY}
     finally:

@@ -1,0 +1,82 @@
+r"""Equality of two mathematical expressions by math_verify and sympy, in a worker process.
+
+Next: answer_size.py, answers that are too large to compute.
+"""
+
+import re
+from typing import Any
+
+POINTS = ("17/13", "-29/23", "41/7", "-3/19", "11/31", "-67/9", "103/37", "89/5")
+_WHOLE = re.compile(r"(?<![0-9.])([0-9]+)\.0+(?![0-9])")
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\{])j(?![A-Za-z_^])")
+EXACT = 1e-15  # relative difference of two equal numbers that are not both rational
+ROUNDED = 1e-6  # the same if one of them is a decimal
+
+
+def equal_expressions(answer: str, gold: str) -> bool | None:
+    """Whether two normalised expressions are equal; None if the answer cannot be read.
+
+    Time and memory are unbounded, so it runs in a worker process.
+
+    Raises:
+        MemoryError: the comparison exceeds the process's memory limit.
+    """
+    # Imported here: sympy is slow to import, and the trainer's process does not need it.
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # No timeouts of math_verify: these use signals, which do not interrupt a long C call. judge.py has a deadline.
+    options: dict[str, Any] = dict(parsing_timeout=None, fallback_mode="no_fallback", raise_on_error=True,
+                                   extraction_mode="first_match")  # fmt: skip
+    try:
+        read, expected = (parse(f"${_spelt(text)}$", [LatexExtractionConfig()], **options) for text in (answer, gold))
+        if not read or not expected:
+            return None
+        if verify(expected, read, timeout_seconds=None, raise_on_error=True):
+            return _close(expected[0], read[0])
+        return _same_function(expected[0], read[0])
+    except MemoryError:
+        raise
+    except Exception:
+        return None  # sympy raises nearly any type on pairs that it cannot compare
+
+
+def _spelt(text: str) -> str:
+    """An expression with whole numbers as such, and i for the imaginary unit: math_verify compares 1.0 i as a float."""
+    return _IMAGINARY.sub("i", _WHOLE.sub(r"\1", text))
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two expressions that math_verify finds equal are: it rounds numbers to six decimals."""
+    from sympy import Basic, Float  # type: ignore[import-untyped]
+
+    if not (isinstance(a, Basic) and isinstance(b, Basic) and getattr(a, "is_number", False) and b.is_number):
+        return True
+    a, b = a.doit(), b.doit()
+    if a.is_Rational and b.is_Rational:
+        return bool(a == b or 100 * a == b or a == 100 * b)  # percent
+    tolerance = ROUNDED if a.has(Float) or b.has(Float) else EXACT
+    a, b = a.evalf(30), b.evalf(30)
+    return bool(abs(a - b) <= tolerance * abs(b))
+
+
+def _same_function(a: Any, b: Any) -> bool:
+    """Whether two expressions are equal wherever both are real, at points that no identity singles out.
+
+    As in sqrt(1/n) and 1/sqrt(n), which differ for sympy, whose symbols are complex.
+    """
+    from sympy import Expr, Rational
+
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        return False
+    symbols = sorted(a.free_symbols, key=str)
+    if not 1 <= len(symbols) <= 3 or sorted(b.free_symbols, key=str) != symbols:
+        return False
+    met = 0
+    for i in range(len(POINTS)):
+        at = {symbol: Rational(POINTS[(i + 3 * k) % len(POINTS)]) for k, symbol in enumerate(symbols)}
+        x, y = (each.subs(at).doit().evalf(30) for each in (a, b))
+        if x.is_real and y.is_real and x.is_finite and y.is_finite:
+            if abs(x - y) > EXACT * max(abs(x), abs(y)):
+                return False
+            met += 1
+    return met >= 3

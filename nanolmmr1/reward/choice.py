@@ -1,0 +1,79 @@
+r"""Multiple choice: the letters that a text chooses, and the options that a problem lists.
+
+Next: values.py, numbers with units.
+"""
+
+import re
+from collections.abc import Sequence
+
+from nanolmmr1.reward.normal import normalise
+
+LETTERS = "ABCDEFGHIJ"
+
+_ONE = r"[(\[]?\s*([A-J])\s*[)\].:]?"
+_SET = re.compile(rf"(?:[Bb]oth\s+|[Oo]ptions?\s+|[Cc]hoices?\s+)?{_ONE}"
+                  rf"(?:(?:\s*(?:[,;/&+]|\band\b|和|与|及)\s*|\s*){_ONE}){{0,9}}")
+_LOWER = re.compile(r"[(\[]\s*([a-j])\s*[)\]]|([a-j])\s*[).:]?")
+_OR = re.compile(r"\bor\b|[/或]")
+_WITH_TEXT = re.compile(r"[(\[]?([A-J])(?:[)\]]\s*[.:]?\s*|[.:]\s+|[.:](?=[^A-Za-z\s])|"
+                        r"\s*(?=[\u4e00-\u9fff]))(\S.*)", re.DOTALL)
+_MARK = re.compile(r"(?:(?<=[\s,;.])|^)[(\[]?([A-J])(?:[)\]]|[.:](?=\s))")
+_IN_PROSE = re.compile(r"(?:\b(?:option|choice|answer|select|choose|pick)(?:\s+(?:is|option|choice))?|选项?)\s*:?\s*"
+                       r"[(\[]?([A-J])\b(?!['’])"
+                       r"(?!\)?\s*(?:or\b|and\b|[,/&])\s*[(\[]?[A-J]\b)", re.IGNORECASE)  # fmt: skip
+_LIST = re.compile(r"(?:^|(?<=[\s,;]))[(\[]?([A-J])\s*(?:[)\].:]|．|、|：)[ \t]*")
+
+
+def gold_letters(gold: str) -> tuple[str, str] | None:
+    r"""(letters, text) of a gold answer that is an option, or several; None if it is anything else.
+
+    As in: "B", "(B)" -> "B", ""; "B. 12" -> "B", "12"; "ACD", "A, C and D" -> "ACD", "". Letters are capital, sorted
+    and different: "AB" may also be a segment, which its two letters in either order name.
+    """
+    if _SET.fullmatch(gold) and not _OR.search(gold):
+        letters = re.findall("[A-J]", gold)
+        if len(set(letters)) == len(letters):
+            return "".join(sorted(letters)), ""
+    if (match := _WITH_TEXT.fullmatch(gold)) and not _several_marks(gold, match[1]):
+        return match[1], normalise(match[2])
+    return None
+
+
+def chosen_letters(answer: str) -> str:
+    """The option letters that an answer chooses, sorted; "" if it chooses none, or offers several with "or"."""
+    if _SET.fullmatch(answer):
+        return "" if _OR.search(answer) else "".join(sorted(set(re.findall("[A-J]", answer))))
+    if match := _LOWER.fullmatch(answer):
+        return (match[1] or match[2]).upper()
+    if match := _WITH_TEXT.fullmatch(answer):
+        return "" if _several_marks(answer, match[1]) else match[1]
+    letters = _IN_PROSE.findall(answer)
+    return letters[-1].upper() if letters else ""
+
+
+def _several_marks(text: str, letter: str) -> bool:
+    """Whether a text reads out other options than `letter`: that is no choice."""
+    return bool(set(_MARK.findall(text)) - {letter})
+
+
+def listed_options(problem: str) -> list[str]:
+    """The options that a problem's own text lists from A on, as "(A) 12" or "B: 9"; [] if there are none."""
+    marks = list(_LIST.finditer(problem))
+    best: list[str] = []
+    for start, mark in enumerate(marks):
+        if mark[1] == "A":
+            run = [mark]
+            for other in marks[start + 1 :]:
+                if other[1] == LETTERS[len(run) : len(run) + 1]:
+                    run.append(other)
+            ends = [each.start() for each in run[1:]] + [len(problem)]
+            texts = [problem[each.end() : end].partition("\n")[0] for each, end in zip(run, ends, strict=True)]
+            best = texts if len(texts) > 1 else best
+    return best
+
+
+def option_value(letters: str, options: Sequence[str]) -> str:
+    """The normalised text of a letter's option; "" if there is none, or it may itself be read as a letter."""
+    index = LETTERS.find(letters) if len(letters) == 1 else -1
+    text = normalise(options[index]) if 0 <= index < len(options) else ""
+    return "" if chosen_letters(text) else text
