@@ -123,6 +123,12 @@ def test_an_options_value_counts_as_its_letter_where_no_other_has_it(judge):
     assert [r["accuracy"] for r in results] == [right for *_, right in cases]
 
 
+def test_spellings_and_units_of_one_value_are_equal_and_no_others():
+    lines = (ROOT / "tests" / "answers.txt").read_text(encoding="utf-8").splitlines()  # gold|answer|right
+    cases = [(gold, answer.replace("\\n", "\n"), float(right)) for gold, answer, right in (x.split("|") for x in lines)]
+    assert [case for case in cases if accuracy_reward(case[1], case[0]) != case[2]] == []
+
+
 def test_hard_pairs_are_judged_right():
     path = ROOT.parent / "shared" / "replays" / "answer_pairs.jsonl"
     if not path.is_file():

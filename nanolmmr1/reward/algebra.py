@@ -60,23 +60,23 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _same_function(a: Any, b: Any) -> bool:
-    """Whether two expressions are equal wherever both are real, at points that no identity singles out.
+    """Whether two expressions have equal values, at points that no identity singles out, wherever both are real.
 
-    As in sqrt(1/n) and 1/sqrt(n), which differ for sympy, whose symbols are complex.
+    As sqrt(1/n) and 1/sqrt(n), which differ for sympy, whose symbols are complex. Constants may be complex.
     """
     from sympy import Expr, Rational
 
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return False
-    symbols = sorted(a.free_symbols, key=str)
-    if not 1 <= len(symbols) <= 3 or sorted(b.free_symbols, key=str) != symbols:
+    names = sorted(map(str, a.free_symbols))  # symbols of one name may differ in what sympy assumes of them
+    if len(names) > 3 or sorted(map(str, b.free_symbols)) != names:
         return False
     met = 0
-    for i in range(len(POINTS)):
-        at = {symbol: Rational(POINTS[(i + 3 * k) % len(POINTS)]) for k, symbol in enumerate(symbols)}
-        x, y = (each.subs(at).doit().evalf(30) for each in (a, b))
-        if x.is_real and y.is_real and x.is_finite and y.is_finite:
+    for i in range(len(POINTS) if names else 1):
+        at = {name: Rational(POINTS[(i + 3 * k) % len(POINTS)]) for k, name in enumerate(names)}
+        x, y = (each.subs({s: at[str(s)] for s in each.free_symbols}).doit().evalf(30) for each in (a, b))
+        if x.is_finite and y.is_finite and (not names or (x.is_real and y.is_real)):
             if abs(x - y) > EXACT * max(abs(x), abs(y)):
                 return False
             met += 1
-    return met >= 3
+    return met >= (3 if names else 1)

@@ -32,7 +32,7 @@ _LOOSE = re.compile(r",\s|;|\b(?:and|or)\b")
 _NUMBERED = re.compile(r"(?:(?<=[\s,;])|^)(?:\(([1-9])\)|([1-9])\)|Part\s+([1-9])\s*[:.)])\s*[,;:.]?\s*")
 _ABOUT = re.compile(r"(?:\\approx|\\sim|≈|~|=|"
                     r"\b(?:about|approximately|approx\.?|roughly|around|nearly|almost|equals)\b|"
-                    r"约[为是]?|大约|近似[为于]?|"
+                    r"约[为是]?|大约|(?:一|总)?共有?(?=\s*[0-9])|近似[为于]?|"
                     r"\+(?=\s*\\?[0-9A-Za-z]))\s*")  # fmt: skip
 _NAME = re.compile(r"(?:m\s*)?(?:\\(?:angle|triangle|overline|widehat|vec|text)\s*\{?\s*[A-Za-z]{1,4}\s*\}?|"
                    r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,12}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
@@ -46,6 +46,7 @@ _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+r
                     r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
 _RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*\{?\s*[0-9]+\s*\}?")  # 110_2
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _CJK = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
 _CLOCK = re.compile(r"\b[0-2]?[0-9]:[0-5][0-9]\b(?!\s*:)")
 
@@ -143,6 +144,10 @@ class _Comparison:
             return False
         if {answer.kind, gold.kind} <= {"list", "ordered"} and {answer.kind, gold.kind} != {"ordered"}:
             return self.match_sets(list(answer.items), list(gold.items))
+        if answer.kind == "list" and (point := _point(answer.items)):
+            answer = point
+        elif gold.kind == "list" and (point := _point(gold.items)):
+            gold = point
         same = answer.kind == gold.kind and len(answer.items) == len(gold.items)
         return same and all(self.match(a, g) for a, g in zip(answer.items, gold.items, strict=True))
 
@@ -294,6 +299,14 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in (*parts, text[at:]) if part.strip()]
 
 
+def _point(items: tuple[Tree, ...]) -> Node | None:
+    """x = 2, y = -3 as the point (2, -3): parts named by one letter each, in the alphabet's order."""
+    named = sorted(_split_name(item) for item in items if isinstance(item, str))
+    letters = "".join(name for name, _ in named)
+    in_order = len(named) == len(items) > 1 and len(letters) == len(named) == len(set(letters))
+    return Node("()", tuple(value for _, value in named)) if in_order else None
+
+
 def _numbered(text: str) -> list[str]:
     """The parts of a text that numbers them, as (1) 3 (2) 4."""
     marks = list(_NUMBERED.finditer(text))
@@ -344,10 +357,12 @@ def _ratio(text: str) -> list[Fraction]:
 
 def _same_angles(answer: str, gold: str) -> tuple[str, str]:
     """Both expressions without degree signs, in radians if only one has them and the other has pi."""
-    degree = r"^\circ"
+    degree, radians = r"^\circ", r"\cdot\frac{\pi}{180}"
+    if _TRIGONOMETRY.search(answer + gold):
+        return answer.replace(degree, radians), gold.replace(degree, radians)
     for here, there in ((answer, gold), (gold, answer)):
         if degree in here and degree not in there and r"\pi" in there:
-            here = here.replace(degree, r"\cdot\frac{\pi}{180}")
+            here = here.replace(degree, radians)
             return (here, gold) if there is gold else (answer, here)
     return answer.replace(degree, " "), gold.replace(degree, " ")
 
