@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -490,3 +491,19 @@ def test_a_run_that_is_to_end_waits_for_no_more_than_the_judgements_at_work(tmp_
         with pytest.raises(Stop):
             judge.score([(str(n), ROW) for n in range(40)])
         assert time.monotonic() - began < 15
+
+
+PIECES = ["(", ")", "[", "]", "{", "}", r"\{", r"\}", "$", ",", "and ", "or ", " ", "1", "x", "=", r"\frac", "^", "_",
+          "\\", r"\text{", "answer is ", "答案是", "(1) ", "A) ", "B. ", ".", ":", "-", "°", "√", "²", "½", r"\pm", "<",
+          r"\le ", "cm ", "%", "km/h ", "#", "*", "\n", "the ", "'", r"\overline{3}", "0.333...", "10^{3}", r"\times ",
+          " 000", ",000", r"x\in ", r"\boxed{", "是", "m\\angle A", "=√"]  # fmt: skip
+
+
+def test_no_text_takes_long_to_read_or_raises():
+    rng, golds = random.Random(0), [gold_answer(gold) for gold, _ in RIGHT]
+    for count in range(600):
+        piece = "".join(rng.choices(PIECES, k=rng.choice((1, 2, 3, 5))))
+        text = piece * (2000 // len(piece)) if count % 3 else "".join(rng.choices(PIECES, k=500))
+        began = time.perf_counter()
+        decide(final_answer(f"<think>{text}</think><answer>{text[:2000]}</answer>"), rng.choice(golds))
+        assert time.perf_counter() - began < 1.0, piece

@@ -22,6 +22,7 @@ _PHRASE = re.compile(
     r"####|(?:答案|答)(?:选项)?(?:应该|应当|应)?(?:[是为選选:：]|选择)+|"
     r"(?:应该?|故|故应|该|正确的?|)(?:选择|选项|选|選)[是为:：]?(?=\s*[(\[（【]?[A-JＡ-Ｊa-j](?![A-Za-z])))"
     r"[*_`]*\s*[:：]?\s*", re.IGNORECASE)  # fmt: skip
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
 _SENTENCE_END = re.compile(r"[.。](?=\s|$)|\n(?=[^\n]*[A-Za-z]{3})")
 
 
@@ -81,6 +82,9 @@ def gold_answer(gold: str) -> str:
 
 
 def _bounded(text: str) -> str:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and r"\begin" not in text and not any(_WORD.search(line) for line in lines):
+        text = ", ".join(line.rstrip(",;.") for line in lines if line.strip("$[]\\"))
     return normalise(text) if len(text) <= ANSWER_CHARS else ""
 
 

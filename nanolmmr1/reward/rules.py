@@ -38,6 +38,7 @@ _NAME = re.compile(r"(?:m\s*)?(?:\\(?:angle|triangle|overline|widehat|vec|text)\
                    r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,12}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
                    r"\([A-Za-z](?:,\s?[A-Za-z]){1,3}\)|[A-Za-z][A-Za-z ]{0,39})")  # fmt: skip
 _IN = re.compile(rf"({_NAME.pattern})\s*\\in(?![A-Za-z])\s*")
+_NAMES_AGAIN = re.compile(r"=|\\in(?![A-Za-z])")
 _RELATION = re.compile(r"\s*(\\(?:le|ge)(?![A-Za-z])|[<>])\s*")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w\}?)?|[A-Za-z]\s*\([A-Za-z]\)")
 _BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
@@ -227,11 +228,12 @@ def _bracketed(text: str, prose: bool) -> Tree:
         return tree(builder[1], prose)
     if text == r"\emptyset":
         return Node("list", ())
-    name, equals, rest = text.partition("=")
+    name, _, rest = text.partition("=")
     if member := _IN.match(text):
-        name, equals, rest = member[1], member[0], text[member.end() :]
-    if equals and _NAME.fullmatch(name.strip()) and isinstance(node := _bracketed(rest.strip(), prose), Node):
-        return node
+        name, rest = member[1], text[member.end() :]
+    if _NAME.fullmatch(name.strip()) and not _NAMES_AGAIN.search(rest):
+        if isinstance(node := _bracketed(rest.strip(), prose), Node):
+            return node
     for left, right in ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
         if text.startswith(left) and text.endswith(right) and closing(text, len(left) - 1) == len(text):
             inside = text[len(left) : -len(right)].strip()
