@@ -143,15 +143,25 @@ class Prompt(Section):
     system: Text = key("", "system prompt; empty: the model's default")
     template: Text = key("{problem}", "user turn; {problem} includes its <image> markers")
     caption_template: Text = key("Caption: {caption}\n", "put before each <image> if the phase shows captions")
-    columns: dict[Text, Text] = key({}, "our column -> the data's column, for problem, answer, images, caption")
+    columns: dict[Text, Text] = key({}, "our column -> the data's, for problem, answer, images, options, caption; "
+        "a dot leads into an object: reward_model.ground_truth")
     min_pixels: Pixels = key(3136, "pixels; smaller images are enlarged to this")
     max_pixels: Pixels = key(1003520, "pixels, 784 per image token; larger images are reduced to this")
+
+
+class Data(Section):
+    """How rows of all phases and held-out tasks are read."""
+
+    on_bad_row: Literal["skip", "stop"] = key(
+        "skip", "rows without answer, with broken images ...: skip drops and counts them, stop ends the run")
+    image_dir: Text = key("", "folder that relative image paths start at; empty: the data file's folder")
 
 
 class Reward(Section):
     format: Text = key("think_answer", "think_answer | think_boxed | boxed | a regular expression for all responses")
     format_weight: Number = key(0.5, "weight of the format reward (0 or 1)")
     accuracy_weight: Number = key(1.0, "weight of the accuracy reward (0 or 1)")
+    option_value: bool = key(True, "multiple choice: an option's value counts as its letter, and the reverse")
     functions: dict[Text, Any] = key({}, "user rewards: path/to/file.py:function -> weight")
     workers: Annotated[int, Field(ge=0, le=256)] = key(0, "judge processes per rank; 0: cores / ranks, at most 16")
     timeout_s: Seconds = key(10.0, "seconds per call of a user function; a slower one ends the run")
@@ -250,6 +260,7 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda if there is a GPU")
     dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "computation; auto: bfloat16 on cuda, float32 on cpu")
     prompt: Prompt = Prompt()
+    data: Data = Data()
     reward: Reward = Reward()
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
@@ -300,6 +311,7 @@ _ELSEWHERE = {
     "optim.schedule": "lr_scheduler_type lr_scheduler", "optim.betas": "adam_beta1 adam_beta2",
     "reward.functions": "reward_funcs reward_function custom_reward_function remote_rm_url reward_weights",
     "prompt.system": "system_prompt", "prompt.template": "format_prompt",
+    "data.image_dir": "image_folders image_root image_folder",
     "prompt.columns": "prompt_key answer_key image_key input_key label_key", "pack.attention": "attn_implementation",
     "resume": "resume_from_checkpoint find_last_checkpoint resume_mode load_checkpoint_path",
     "dist.offload": "param_offload optimizer_offload offload_params cpu_offload",

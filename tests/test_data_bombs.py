@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import unicodedata
 import zlib
 from pathlib import Path
@@ -29,7 +30,7 @@ IDLE = 90  # MiB: Python, NumPy, Pillow and pyarrow
 LOAD = """
 import sys
 from nanolmmr1.data.rows import UserError, load_rows
-try: print(len(load_rows(sys.argv[1])), "rows")
+try: print(len(load_rows(sys.argv[1]).rows), "rows")
 except UserError as error: print(error)
 """
 PEAK = """
@@ -107,6 +108,9 @@ BOMBS = {  # name of the file, how it is made, words of the refusal, MiB above I
     "a line of many": ("a.jsonl", written(lambda: '{"problem":"?","answer":"2","x":[' + "[[[]]]," * 3_000_000 + "1]}"),
                        "1,048,576 values", 60),
     "many objects": ("a.json", written(lambda: "[" + "{}," * 10_000_000 + "{}]"), "a.json:1: no problem", 10),
+    "an object of ids": ("a.json", written(lambda: '{\n"' + "\\\\" * 40_000_000), "a row of more than", 600),
+    "a chat of many parts": ("a.parquet", lambda path: parquet(path, problem=["[" + "[]," * 9_000_000 + "[]]"] * 2),
+                             "a row of|problem has 27,000,004 characters", 300),
     "a number": ("a.json", written(lambda: '[{"problem":"?","answer":' + "9" * 10_000_000 + "}]"), "4300 digits", 10),
     "a depth": ("a.json", written(lambda: "[" * 10_000_000), "recursion", 10),
     "a depth of objects": ("a.jsonl", written(lambda: '{"a":' * 5_000_000), "a row of more|recursion", 60),
@@ -131,8 +135,8 @@ class Judge:
     def gold_problems(self, rows): return [""] * len(rows)
 processor = Processor(sys.argv[1], Prompt())
 rows = [Row("How many? " * int(sys.argv[2]), "1"), Row("1+1?", "2", caption="How many? " * int(sys.argv[2]))]
-print(select_rows([*rows, Row("1+1?", "2")], processor, False, 4096, Judge(), "phases.a")[1])
-print(select_rows([*rows, Row("1+1?", "2", caption="Two.")], processor, True, 4096, Judge(), "phases.a")[1])
+print(select_rows([*rows, Row("1+1?", "2")], processor, False, 4096, Judge(), "phases.a").dropped)
+print(select_rows([*rows, Row("1+1?", "2", caption="Two.")], processor, True, 4096, Judge(), "phases.a").dropped)
 """
 
 
@@ -167,7 +171,7 @@ def test_a_list_is_read_alike_however_it_is_cut(tmp_path, monkeypatch, chunk, sp
     text = ("[" + space + (space + "," + space).join(json.dumps(row, ensure_ascii=bool(space)) for row in rows)
             + space + "]" + space)
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    assert [row.extra for row in load_rows(str(tmp_path / "a.json"))] == [dict(x=row["x"]) for row in rows]
+    assert [row.extra for row in load_rows(str(tmp_path / "a.json")).rows] == [dict(x=row["x"]) for row in rows]
 
 
 @pytest.mark.parametrize("text", ["[", "[{}", "[%s,]", "[,%s]", "[%s%s]", "[%s] x", "[%s]]", "[%s", "[%s,",
@@ -186,7 +190,7 @@ def test_json_is_read_in_every_encoding_of_unicode(tmp_path, encoding):
     whole = json.dumps(rows, indent=1, ensure_ascii=False)
     for name, text in (("a.jsonl", lines), ("b.json", lines), ("c.json", whole)):
         (tmp_path / name).write_bytes(text.encode(encoding))
-        assert [row.problem for row in load_rows(str(tmp_path / name))] == [row["problem"] for row in rows]
+        assert [row.problem for row in load_rows(str(tmp_path / name)).rows] == [row["problem"] for row in rows]
     plain = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert peak(LOAD, tmp_path / "c.json", **plain)[0] == "3 rows"
 
@@ -194,7 +198,8 @@ def test_json_is_read_in_every_encoding_of_unicode(tmp_path, encoding):
 def test_broken_characters_are_refused_by_line(tmp_path):
     line = json.dumps(ROW | dict(problem="gro\u00df"), ensure_ascii=False)
     (tmp_path / "a.jsonl").write_bytes(f"{line}\n".encode() + f"{line}\n".encode("latin-1"))
-    assert "a.jsonl:2: unreadable JSON ('utf-8' codec" in refusal(tmp_path / "a.jsonl")
+    loaded = load_rows(str(tmp_path / "a.jsonl"))
+    assert len(loaded.rows) == 1 and "a.jsonl:2: unreadable JSON ('utf-8' codec" in loaded.notes[-1]
     for name, text in (("b.jsonl", line), ("c.json", f"[{line}]")):
         (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
         assert f"{name} cannot be read: 'utf-16" in refusal(tmp_path / name)
@@ -205,13 +210,14 @@ def test_broken_characters_are_refused_by_line(tmp_path):
 def test_ids_are_one_short_line_without_control_codes(tmp_path):
     ids = ["a\nb", "\x1b[2J\x07", "\u202etxt.exe", "\ud800", "x" * 5000 + "1", "x" * 5000 + "2", "gro\u00df", 10**4000]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(ROW | dict(id=i)) + "\n" for i in ids))
-    found = [row.id for row in load_rows(str(tmp_path / "a.jsonl"))]
+    found = [row.id for row in load_rows(str(tmp_path / "a.jsonl")).rows]
     assert found[:4] == ["a\\nb", "\\x1b[2J\\x07", "\\u202etxt.exe", "\\ud800"] and found[6] == "gro\u00df"
     assert all(each.isprintable() and len(each) <= 200 for each in found) and len(set(found)) == len(ids)
 
 
 @pytest.mark.parametrize("row", [
-    {"\x1b[2J\n": 1, "answer": "2"}, dict.fromkeys(map(str, range(100_000)), 1), ROW | dict(answer=["\x1b[2J"] * 10**5),
+    {"\x1b[2J\n": 1, "answer": "2"}, dict.fromkeys(map(str, range(100_000)), 1),
+    ROW | dict(answer={"\x1b[2J": ["\x1b[2J"] * 10**5}),
     ROW | dict(problem="<image>", images=["\x1b[2J\n"]), ROW | dict(problem="<image>", images=["\x1b[2J/../../x"]),
     ROW | dict(problem="<image>", images=["\x1b[2J.png"]), ROW | dict(problem="<image>", images=[{"\x1b": "\x1b"}]),
     "\x1b[2J", {"answer": "2", "problem": json.loads("[" * 900 + "]" * 900)},
@@ -240,11 +246,9 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     os.symlink("/dev/zero", tmp_path / "zero.png")
     (tmp_path / "huge.png").touch()
     os.truncate(tmp_path / "huge.png", 1 << 29)
-    for image in ("pipe.png", "loop.png", "/dev/zero", "/dev/stdin", "huge.png", ".", str(tmp_path)):
+    for image in ("pipe.png", "loop.png", "zero.png", "/dev/zero", "/dev/stdin", "huge.png", ".", str(tmp_path)):
         (tmp_path / "a.json").write_text(json.dumps([ROW | dict(problem="<image>", images=[image])]))
         assert "is missing, or no file of up to 268,435,456 bytes" in refusal(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text(json.dumps([ROW | dict(problem="<image>", images=["zero.png"])]))
-    assert "leads out of" in refusal(tmp_path / "a.json")
     assert "pipe.jsonl is no regular file" in refusal(tmp_path)
     for source in (tmp_path / "pipe.jsonl", "/dev/zero", tmp_path / "loop.png"):
         assert "does not exist" in refusal(source)
@@ -322,10 +326,32 @@ def test_a_picture_that_unpacks_to_any_size_takes_little_memory(tmp_path, name):
     assert len(said.splitlines()) == 2 and took < 150 + 2 * len(raw) // (1 << 20), said
 
 
+HOSTILE = {
+    "spaces": " " * 4_000_000, "lines": "\n" * 4_000_000, "letters": "A " * 2_000_000, "options": "\nA. " * 1_000_000,
+    "markers": "<image" * 700_000, "numbers": "<image 1> " * 400_000, "quotes": "[" + "'a'," * 300_000 + "'a']",
+    "signs": "[" + "-" * 15_000 + "1]", "brackets": "[" * 19_000, "base64": "iVBORw0KGgo" + "A" * 4_000_000,
+    "addresses": "data:image/png;base64," + "\n" * 4_000_000, "words": "A" + "!" * 4_000_000 + "b",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_text_in_any_column_is_read_or_dropped_in_seconds(tmp_path, name):
+    began = time.monotonic()
+    for column in ("problem", "answer", "options", "image", "images", "messages", "scan", "id", "image_1"):
+        record = {"problem": "Q?", "answer": "B", "options": ["1", "2"]} | {column: HOSTILE[name]}
+        (tmp_path / "a.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps(record)}\n")
+        if name == "base64" and column in ("options", "messages", "scan"):
+            assert f"set prompt.columns.images={column}" in refusal(tmp_path / "a.jsonl")
+        else:
+            loaded = load_rows(str(tmp_path / "a.jsonl"))
+            assert len(loaded.rows) + sum(loaded.dropped.values()) == 2
+    assert time.monotonic() - began < 30
+
+
 def test_a_saved_data_set_is_measured_too_and_needs_its_package(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([ROW, ROW]).save_to_disk(tmp_path / "set")
-    assert len(load_rows(str(tmp_path / "set"))) == 2
+    assert len(load_rows(str(tmp_path / "set")).rows) == 2
     (file,) = (tmp_path / "set").glob("*.arrow")
     table = pyarrow.table(dict(problem=repeated("ab " * 100_000, 1200), answer=["2"] * 1200))
     info = json.loads((tmp_path / "set" / "dataset_info.json").read_text())
@@ -370,7 +396,7 @@ def test_odd_columns_are_read_or_refused_by_name(tmp_path, name):
     if words:
         assert re.search(words, refusal(tmp_path / "a.parquet"))
     else:
-        assert len(load_rows(str(tmp_path / "a.parquet"))) == 1
+        assert len(load_rows(str(tmp_path / "a.parquet")).rows) == 1
 
 
 def test_rows_of_all_sizes_come_whole_and_in_order(tmp_path, monkeypatch):
@@ -379,17 +405,17 @@ def test_rows_of_all_sizes_come_whole_and_in_order(tmp_path, monkeypatch):
     rows = [ROW | dict(problem="<image>", id=str(i), caption="c" * (i % 7 * 100), level=["a", "b"][i % 2],
                        images=[dict(bytes=picture.getvalue(), path=None)]) for i in range(500)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=33)
-    whole = load_rows(str(tmp_path / "a.parquet"))
+    whole = load_rows(str(tmp_path / "a.parquet")).rows
     assert [row.id for row in whole] == [str(i) for i in range(500)] and whole[5].extra == {"level": "b"}
     monkeypatch.setattr("nanolmmr1.data.readers.PIECE", 3000)
-    assert load_rows(str(tmp_path / "a.parquet")) == whole
+    assert load_rows(str(tmp_path / "a.parquet")).rows == whole
     assert open_image(whole[0].images[0]).size == (9, 9)
 
 
 def test_long_texts_are_refused_by_column(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_TEXT", 100)
+    monkeypatch.setattr("nanolmmr1.data.columns.MAX_TEXT", 100)
     for column in ("problem", "answer", "caption", "task"):
         (tmp_path / "a.jsonl").write_text(json.dumps(ROW | {column: "x" * 101}))
         assert f"a.jsonl:1: {column} has 101 characters, more than 100" in refusal(tmp_path / "a.jsonl")
         (tmp_path / "a.jsonl").write_text(json.dumps(ROW | {column: "x" * 100}))
-        assert len(load_rows(str(tmp_path / "a.jsonl"))) == 1
+        assert len(load_rows(str(tmp_path / "a.jsonl")).rows) == 1

@@ -77,7 +77,7 @@ def test_a_guess_has_the_format_and_is_seldom_right():
 
 
 def test_a_picture_is_two_image_tokens_and_the_row_loads(world):
-    loaded = load_rows(str(world / "image_test.jsonl"))
+    loaded = load_rows(str(world / "image_test.jsonl")).rows
     assert len(loaded) == 300
     assert {row.images[0].endswith(".png") for row in loaded} == {True}
 

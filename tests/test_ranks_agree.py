@@ -95,7 +95,7 @@ def reading(folder):
     cfg = small_recipe(phase={"data": f"{folder}/{dist.rank()}.jsonl"})
     cfg.phases["train"].data = "rows"
     load = setup.load_rows
-    setup.load_rows = lambda source, columns: load(f"{folder}/{dist.rank()}.jsonl", columns)
+    setup.load_rows = lambda source, *options: load(f"{folder}/{dist.rank()}.jsonl", *options)
     try:
         setup.load_data(cfg, None, None, Display({}, quiet=True))
     except UserError as error:

@@ -122,6 +122,9 @@ def test_an_options_value_counts_as_its_letter_where_no_other_has_it(judge):
              ({"problem": "?", "options": ["10", "12"], "answer": "12"}, "B", 1)]  # fmt: skip
     results = judge.score([(f"<answer>{answer}</answer>", row) for row, answer, _ in cases])
     assert [r["accuracy"] for r in results] == [right for *_, right in cases]
+    with Judge(Reward(option_value=False)) as strict:
+        pairs = [(f"<answer>{answer}</answer>", row) for answer in ("12", "B", "B. 12")]
+        assert [r["accuracy"] for r in strict.score(pairs)] == [0.0, 1.0, 1.0]
 
 
 def test_spellings_and_units_of_one_value_are_equal_and_no_others():

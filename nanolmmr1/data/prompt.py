@@ -2,14 +2,16 @@
 
 Only this file uses the tokenizer and the image processor. An image is resized once, here, and the trainer and all
 samplers use the same pixels. The number of prompt tokens follows from the image sizes, so a data set is measured
-without decoding a pixel. A problem that contains the text of a special token is refused: so image tokens are only
-where this file puts them, and data cannot end a turn or begin one.
+without decoding a pixel. Special tokens come from the chat template alone. Where a row's text looks like one, it is
+tokenized as ordinary text: so image tokens are only where this file puts them, and data cannot end a turn or begin one.
 
 Next: group.py, a prompt with its responses.
 """
 
 import contextlib
 import json
+import re
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +35,12 @@ MAX_ASPECT = 200  # as in Qwen2.5-VL's own smart_resize
 TOKENIZERS = {"Qwen2Tokenizer": Qwen2Tokenizer, "Qwen2TokenizerFast": Qwen2Tokenizer,
               "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
 PUBLISHED = "as published with Qwen2.5-VL"
+PAD = "<|image_pad|>"
+MAX_SETTINGS = 64 << 20  # bytes of a settings file
+MAX_TEMPLATE = 1 << 20  # characters of a chat template
+HIDDEN = "\udfff"  # around the id of a special token in a row's text; half a surrogate pair, so no row holds it
+# Text that a template must show as it is: one that trims, escapes, changes case or prints a list does not.
+PROBE = "\n 1 + 1 = ?  Aa 'b' \"c\" <d> & {e}\\f \u00e9\n "
 
 
 @dataclass
@@ -45,7 +53,7 @@ class Prompt:
     patches: torch.Tensor  # (P, 1176) float32
     grid: torch.Tensor  # (images, 3) int64: t, h, w in patches
     image_slots: torch.Tensor  # (K,) int64: where in ids the image features go
-    text: str  # the chat text, with one <|image_pad|> per image
+    text: str  # the chat text, with one <|image_pad|> per image, and special tokens of the row's text as they are
 
     @property
     def next_position(self) -> int:
@@ -61,6 +69,7 @@ class Processor:
     """
 
     special: dict[str, int]  # special tokens and their ids
+    any_special: re.Pattern[str]  # matches each of them, as a group
     image_pad_id: int  # the token that an image's embeddings replace
     banned_ids: list[int]  # vision tokens, which must not be sampled
     stop_ids: list[int]  # tokens that end a response
@@ -77,14 +86,17 @@ class Processor:
         if not (Path(folder) / "tokenizer.json").is_file():  # transformers would create an empty tokenizer
             raise UserError(f"{self.folder} has no tokenizer.json: give the folder of a Qwen2.5-VL")
         self.tokenizer = _load_tokenizer(folder)
-        if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template: copy Qwen2.5-VL's "
-                            "tokenizer_config.json")
+        template = self.tokenizer.chat_template
+        if not template or not isinstance(template, str | dict) or len(str(template)) > MAX_TEMPLATE:
+            raise UserError(f"the tokenizer in {self.folder} has no chat template of up to {MAX_TEMPLATE:,} "
+                            "characters: copy Qwen2.5-VL's chat_template.json")
         added = self.tokenizer.added_tokens_decoder
         self.special = {token.content: i for i, token in added.items() if token.special}
-        if "<|image_pad|>" not in self.special:
-            raise UserError(f"the tokenizer in {self.folder} has no <|image_pad|> token: a Qwen2.5-VL folder is needed")
-        self.image_pad_id = self.special["<|image_pad|>"]
+        if PAD not in self.special:
+            raise UserError(f"the tokenizer in {self.folder} has no {PAD} token: a Qwen2.5-VL folder is needed")
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.any_special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.image_pad_id = self.special[PAD]
         vision = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
         self.banned_ids = [self.special[f"<|{name}|>"] for name in vision if f"<|{name}|>" in self.special]
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # the vocabulary has a character per byte
@@ -103,32 +115,48 @@ class Processor:
     def _check_templates(self) -> None:
         for key, needed in (("system", ""), ("template", "{problem}"), ("caption_template", "{caption}")):
             text = getattr(self.cfg, key)
-            self._refuse_special(text, f"prompt.{key}")
+            if found := self.any_special.search(text):
+                raise UserError(f"prompt.{key} contains {found[0]}, a special token of the model: remove it")
             if needed and text.count(needed) != 1:
                 raise UserError(f"prompt.{key}={text!r}: {needed} must stand in it once")
             if MARKER in text:
                 raise UserError(f"prompt.{key}={text!r}: {MARKER} belongs in the rows' problems")
         # A chat template is a program, so it is run here: errors should not wait for the first prompt.
-        if "1 + 1 = ?" not in self._render(Row("1 + 1 = ?", "2", id="made up, of text"), False):
-            raise UserError(f"the chat template in {self.folder} does not show a problem's text, as of a text model; "
-                            "use the one published with Qwen2.5-VL")
-        self._render(Row(f"{MARKER}How many?", "2", [b""], id="made up, with an image"), False)
+        self._probe(Row(PROBE, "2", id="made up, of text"))
+        self._probe(Row(f"{MARKER}{PROBE}{MARKER}How many?{PROBE}", "2", [b"", b""], id="made up, with images"))
+
+    def _probe(self, row: Row) -> None:
+        """Refuse a chat template that does not show a row's texts as they are, once, with its images between them."""
+        shown_text = self._render(row, False)
+        texts, pads = [], [0]  # pads: before, between and after the texts
+        for part in self.messages(row, False)[-1]["content"]:
+            if part["type"] == "text":
+                texts.append(part["text"])
+                pads.append(0)
+            else:
+                pads[-1] += 1
+        any_text = "|".join(map(re.escape, texts))
+        seen = [gap.count(PAD) for gap in re.split(any_text, shown_text)]
+        if re.findall(any_text, shown_text) != texts or seen != pads or self.cfg.system not in shown_text:
+            raise UserError(f"the chat template in {self.folder} does not show the text and images of a prompt as they "
+                            "are; it may be a text model's. Use the one published with Qwen2.5-VL")
 
     def messages(self, row: Row, captions: bool) -> list[dict[str, Any]]:
         """Chat messages, with text and image parts in the order of the problem's markers.
 
-        With captions, the row's caption comes before its first image, or first if there is no image.
+        With captions, the row's caption comes before its first image, or first if there is no image. A marker in the
+        problem of a row without images is plain text.
         """
-        where = f"row {row.id}"
-        self._refuse_special(row.problem, f"{where}: problem")
-        first, *rest = self.cfg.template.replace("{problem}", row.problem).split(MARKER)
-        assert len(rest) == len(row.images), f"{where}: {len(rest)} markers, {len(row.images)} images"
+        before, after = self.cfg.template.split("{problem}")
+        texts = row.problem.split(MARKER) if row.images else [row.problem]
+        assert len(texts) == len(row.images) + 1, f"row {row.id}: {len(texts) - 1} markers, {len(row.images)} images"
+        texts[0] = before + texts[0]
+        texts[-1] += after
         if captions and row.caption:
-            self._refuse_special(row.caption, f"{where}: caption")
             caption = self.cfg.caption_template.replace("{caption}", row.caption)
-            first = first + caption if rest else caption + first
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
+            texts[0] = texts[0] + caption if row.images else caption + texts[0]
+        parts = [{"type": "text", "text": texts[0]}]
+        for text in texts[1:]:
             parts += [{"type": "image"}, {"type": "text", "text": text}]
         system = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         return system + [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
@@ -191,24 +219,34 @@ class Processor:
     def _tokenize(self, row: Row, captions: bool) -> tuple[list[int], str]:
         """Token ids, with one pad per image, and chat text."""
         text = self._render(row, captions)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if HIDDEN in text:  # stretches between the template's special tokens, where nothing is special
+            ids: list[int] = []
+            for i, piece in enumerate(self.any_special.split(text)):
+                ids += [self.special[piece]] if i % 2 else self.tokenizer(
+                    self._revealed(piece), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (pads := ids.count(self.image_pad_id)) != len(row.images):
             raise UserError(f"row {row.id}: the chat template shows {pads} of {len(row.images)} images; "
                             "use the template published with Qwen2.5-VL")
-        return ids, text
+        return ids, self._revealed(text)
 
     def _render(self, row: Row, captions: bool) -> str:
+        """The chat text, where HIDDEN id HIDDEN stands for each special token that the row's text holds."""
         messages = self.messages(row, captions)
+        for part in messages[-1]["content"]:
+            if "text" in part:
+                part["text"] = self.any_special.sub(lambda m: f"{HIDDEN}{self.special[m[0]]}{HIDDEN}", part["text"])
         problem = f"row {row.id}: the chat template in {self.folder} fails; use the one published with Qwen2.5-VL"
         with _as_user_error(problem):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         return text
 
-    def _refuse_special(self, text: str, where: str) -> None:
-        for token in self.special:
-            if token in text:
-                raise UserError(f"{where} contains {token}, a special token of the model: remove it")
+    def _revealed(self, text: str) -> str:
+        """Text with the special tokens that `_render` has hidden."""
+        names = {str(i): name for name, i in self.special.items()}
+        return re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda m: names[m[1]], text)
 
     def _row_grid(self, row: Row, width: int, height: int) -> Grid:
         try:
@@ -269,16 +307,55 @@ def _as_user_error(problem: str) -> Iterator[None]:
 
 
 def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast | Qwen2Tokenizer:
+    """The tokenizer, with the chat template that `_chat_template` finds, or else its own."""
     path = Path(folder) / "tokenizer_config.json"
     tree = _read_object(path)
     name = tree.get("tokenizer_class", "Qwen2Tokenizer")
     if not (isinstance(name, str) and name in TOKENIZERS):
         raise UserError(f"{shown(path)}: tokenizer_class={name!r:.100} is not known: one of {', '.join(TOKENIZERS)}")
-    with _as_user_error(f"{shown(folder)} needs tokenizer.json, tokenizer_config.json and config.json {PUBLISHED}"):
-        tokenizer = TOKENIZERS[name].from_pretrained(folder, local_files_only=True)
+    template = _chat_template(Path(folder))
+    problem = f"{shown(folder)} needs tokenizer.json, tokenizer_config.json and config.json {PUBLISHED}"
+    with _as_user_error(problem), _without_marks(Path(folder)) as plain:
+        tokenizer = TOKENIZERS[name].from_pretrained(plain, local_files_only=True)
         if not tokenizer("1 + 1")["input_ids"]:
             raise ValueError("text has no tokens")
-        return tokenizer
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
+
+
+def _chat_template(folder: Path) -> str:
+    """The template of processor_config.json, chat_template.json or chat_template.jinja, the first that has one; "" if
+    none has. All of them outrank tokenizer_config.json. This is the order of transformers' processors."""
+    for path in (folder / "processor_config.json", folder / "chat_template.json"):
+        template = _read_object(path).get("chat_template") if path.exists() else None
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{shown(path)}: chat_template={template!r:.100}: text is needed, {PUBLISHED}")
+        if template:
+            return template
+    path = folder / "chat_template.jinja"
+    return _read_text(path) if path.exists() else ""
+
+
+@contextlib.contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links to its files if some .json begins with a byte-order mark, which transformers does
+    not read: that file is copied, as plain UTF-8."""
+    marked = set()
+    for path in folder.glob("*.json"):
+        with open(path, "rb") as file:
+            if json.detect_encoding(file.read(4)) != "utf-8":
+                marked.add(path)
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in folder.iterdir():
+            plain = Path(scratch) / path.name
+            if path in marked:
+                plain.write_text(_read_text(path), encoding="utf-8")
+            else:
+                plain.symlink_to(path.resolve())
+        yield Path(scratch)
 
 
 def _load_images(folder: str | Path) -> Qwen2VLImageProcessorPil:
@@ -291,7 +368,8 @@ def _load_images(folder: str | Path) -> Qwen2VLImageProcessorPil:
     path = Path(folder) / (names or ["preprocessor_config.json"])[0]
     _read_object(path)
     with _as_user_error(f"{shown(path)} is not {PUBLISHED}"):
-        images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        with _without_marks(Path(folder)) as plain:
+            images = Qwen2VLImageProcessorPil.from_pretrained(plain, local_files_only=True)
     for key, count, types, least, most, needed in (
         ("patch_size", 1, int, 1, 1024, "a whole number from 1 to 1024"),
         ("merge_size", 1, int, 1, 64, "a whole number from 1 to 64"),
@@ -309,10 +387,19 @@ def _load_images(folder: str | Path) -> Qwen2VLImageProcessorPil:
     return images
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, UTF-16 or UTF-32, without a byte-order mark."""
+    with _as_user_error(f"{shown(path)} cannot be read"):
+        if (size := path.stat().st_size) > MAX_SETTINGS:
+            raise ValueError(f"it has {size:,} bytes, more than {MAX_SETTINGS:,}")
+        raw = path.read_bytes()
+        return raw.decode(json.detect_encoding(raw))
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of a model folder; refuse one that asks to run code of the folder (auto_map)."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(_read_text(path))
         if not isinstance(tree, dict):
             raise ValueError(f"{type(tree).__name__} instead of named values")
     except (OSError, ValueError, RecursionError) as error:

@@ -6,10 +6,12 @@ That is why parquet is not read by `datasets`, which has no such limits; it read
 Next: prompt.py, from a row to token ids, patches and positions.
 """
 
+import ast
 import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,9 +24,18 @@ MAX_RECORD = 256 << 20  # bytes of an image file, or of a row of parquet or a da
 MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a file may unpack to so many bytes, or to so many times its size
 PIECE = 64 << 20  # bytes of Arrow data that are converted to Python objects together
 CHUNK = 1 << 20  # characters of a .json list that are read together
+MAX_LITERAL = 20_000  # characters of a Python literal inside a text
 
 Numbered = Iterator[tuple[int, Any]]  # raw rows of a file and their numbers
 Records = Iterator[tuple[Any, str, Path | None]]  # raw row, its place for messages, folder of relative image paths
+
+
+class BadRow(UserError):
+    """A row that cannot be used, while the others can. A reader yields one in place of a row that it cannot read."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind  # a few words, by which such rows are counted
 
 
 def shown(text: object, most: int = 1000) -> str:
@@ -36,6 +47,26 @@ def shown(text: object, most: int = 1000) -> str:
 def reason(error: object) -> str:
     """The message of an exception, or else its name, in one short line."""
     return shown(" ".join(str(error)[:2000].split()), 300) or type(error).__name__
+
+
+def parsed(text: str) -> Any:
+    """The list or object that a text holds as JSON or as a Python literal; None if it holds none.
+
+    No code runs: a literal has no names and calls. Texts are measured first, because "[]" takes 28 times as much.
+    """
+    if len(text) > MAX_LINE or text.lstrip()[:1] not in ("[", "{") or _many_values(text):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        if len(text) > MAX_LITERAL:
+            return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of backslashes
+            value = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list | dict) else None
 
 
 def raw_rows(source: str) -> Records:
@@ -57,21 +88,34 @@ def raw_rows(source: str) -> Records:
     elif os.path.isdir(path):
         for file in _files(path, split):
             yield from _from_file(file)
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix not in READERS:
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name) and path.suffix not in READERS:
         yield from _from_datasets(name, split, None)
     else:
-        raise UserError(f"{shown(name)} does not exist: give a file ({', '.join(READERS)}), folder or hub id owner/set")
+        raise UserError(f"{shown(name)} does not exist: give a file ({', '.join(READERS)}), a folder, or a hub id as "
+                        "owner/set, owner/set@split or owner/set:config@split")
 
 
 def _files(folder: Path, split: str) -> list[Path]:
     """The data files of one split of a folder. Shards (train-00000-of-00002) are one split."""
+    inside = sorted([*folder.glob("*.*"), *folder.glob("data/*.*")])
+    files = [path for path in inside if path.suffix in (".jsonl", ".parquet")]
+    files = files or [path for path in inside if path.suffix == ".json" and _holds_rows(path)]
+    if not files:
+        folders = sorted({path.parent.name for suffix in READERS for path in folder.glob(f"*/*{suffix}")})
+        raise UserError(f"{shown(folder)} holds no .jsonl or .parquet file, no .json of rows and no saved data set"
+                        + f"; of its folders, these may: {shown(', '.join(folders))}" * bool(folders))
     splits: dict[str, list[Path]] = {}
-    for path in sorted([*folder.glob("*.*"), *folder.glob("data/*.*")]):
-        if path.suffix in (".jsonl", ".parquet"):
-            splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path)
-    if not splits:
-        raise UserError(f"{shown(folder)} holds no .jsonl or .parquet file and no saved data set")
+    for path in files:
+        splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path)
     return _pick(splits, split, shown(folder))
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a .json file has rows: a list of objects, or an object a line. Other .json files are settings."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file, io.TextIOWrapper(file, _encoding(file), errors="replace") as text:
+        return bool(re.match(r"\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", text.read(CHUNK)))
 
 
 def _pick(splits: dict[str, Any], split: str, label: str) -> Any:
@@ -99,13 +143,17 @@ def _from_file(path: Path) -> Records:
 
 def _from_datasets(name: str, split: str, folder: Path | None) -> Records:
     label = shown(name)
+    hub_id, _, config = name.partition(":")
     try:
         import datasets  # takes a second, and most runs read plain files
-        data = datasets.load_from_disk(name) if folder else datasets.load_dataset(name)
+        data = datasets.load_from_disk(name) if folder else datasets.load_dataset(hub_id, config or None)
     except ImportError as error:
         raise UserError(f"{label} is no file or folder here, or one for the package `datasets`, which is missing "
                         f"({reason(error)}): pip install 'nanolmmr1[data]'") from error
     except Exception as error:  # any type: an unreachable hub, a damaged folder
+        if found := not folder and re.search(r"[Cc]onfig.*?\[(.*?)\]", str(error), re.S):
+            raise UserError(f"{label}: this data set has the configurations {shown(found[1])}: pick one, as in "
+                            f"{hub_id}:CONFIG or {hub_id}:CONFIG@SPLIT") from error
         raise UserError(f"{label} is neither a file or folder here nor a readable data set: {reason(error)}") from error
     if not isinstance(data, dict) and split:
         raise UserError(f"{label}: this data set has no splits; leave out @{shown(split)}")
@@ -134,14 +182,19 @@ def _read_jsonl(path: Path, name: str) -> Numbered:
             if not line.isspace():
                 _check_size(line, f"{name}:{number}")
                 try:
-                    yield number, json.loads(line)
+                    record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise _unreadable(f"{name}:{number}", error) from error
+                    record = BadRow("unreadable JSON", str(_unreadable("", error)).removeprefix(": "))
+                yield number, record
+
+
+def _many_values(text: str | bytes) -> bool:
+    marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    return len(text) > MAX_VALUES < sum(map(text.count, marks))
 
 
 def _check_size(text: str | bytes, place: str) -> None:
-    marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
-    if len(text) > MAX_LINE or len(text) > MAX_VALUES < sum(map(text.count, marks)):
+    if len(text) > MAX_LINE or _many_values(text):
         raise UserError(f"{place}: a row of more than {MAX_LINE:,} characters or {MAX_VALUES:,} values; write one "
                         "object a line, or in .json a list, with pictures as paths")
 
@@ -154,16 +207,34 @@ def _read_json(path: Path, name: str) -> Numbered:
     with open(path, "rb") as file:
         text = io.TextIOWrapper(file, _encoding(file))
         start = text.read(CHUNK).lstrip()
-        yield from _read_list(text, start, name) if start.startswith("[") else _read_jsonl(path, name)
+        is_whole = start[:1] == "[" or _is_keyed(start)
+        yield from _read_list(text, start, name) if is_whole else _read_jsonl(path, name)
+
+
+def _is_keyed(start: str) -> bool:
+    """Whether a file that starts so is one object of rows by their ids, and not an object a line."""
+    line, _, rest = start.partition("\n")
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):  # the object goes on in the next line
+        return bool(re.match(rf"\{{\s*{JSON_KEY}\{{", start))
+    return isinstance(first, dict) and bool(first) and not rest.strip() and all(
+        isinstance(value, dict) for value in first.values())
+
+
+JSON_KEY = r'"(?:[^"\\]|\\.){0,1000}"\s*:\s*'  # a longer key is no id
 
 
 def _read_list(file: IO[str], text: str, name: str) -> Numbered:
-    """The elements of a JSON list, read chunk by chunk: `text` is its start, `file` has the rest."""
-    decode, between, at, number = json.JSONDecoder().raw_decode, (r"\[\s*(\])?", r"\s*(?:,\s*|(\]))"), 0, 1
+    """The elements of a JSON list, or the values of an object, read chunk by chunk: `text` is its start."""
+    decode, at, number = json.JSONDecoder().raw_decode, 0, 1
+    between = (r"\[\s*(\])?", r"\s*(?:,\s*|(\]))")
+    if text[0] == "{":
+        between = (rf"\{{\s*(?:(\}})|{JSON_KEY})", rf"\s*(?:,\s*{JSON_KEY}|(\}}))")
     while not ((gap := re.compile(between[number > 1]).match(text, at)) and gap[1]):
         try:
             if not gap:
-                raise json.JSONDecodeError("a comma or ] should follow the last object", text, at)
+                raise json.JSONDecodeError("a comma or the end should follow the last object", text, at)
             record, at = decode(text, gap.end())
         except (ValueError, RecursionError) as error:
             # Perhaps the object only continues in the next chunk.

@@ -1,49 +1,38 @@
-"""Data rows: checking, selecting and ordering them, and opening their images; neither model nor tokenizer is needed.
+"""Data rows: reading, checking, selecting and ordering them; neither model nor tokenizer is needed.
 
 A row is a problem, its gold answer and its images. All rows are read and checked before the first step, and every
-image is decoded once, so a bad line stops the run within minutes. Rows stay small in memory: an image file is stored
-as its path, image bytes stay compressed.
+image is decoded once, so a run cannot meet a bad row later. Bad rows are dropped and counted, or stop the run. Rows
+stay small in memory: an image file is stored as its path, image bytes stay compressed.
 
-Next: readers.py, files, folders and hub data sets.
+Next: columns.py, the columns of a record.
 """
 
-import contextlib
 import hashlib
-import io
-import json
-import math
 import os
 import re
 import statistics
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
-from PIL.ExifTags import Base
 from rich.progress import track
 
-from nanolmmr1.data.readers import MAX_RECORD, raw_rows, reason, shown
+from nanolmmr1.data import images
+from nanolmmr1.data.columns import COLUMNS, Fields, shown_options
+from nanolmmr1.data.images import MARKER, ImageItem
+from nanolmmr1.data.images import image_size as image_size
+from nanolmmr1.data.images import open_image as open_image
+from nanolmmr1.data.readers import BadRow, raw_rows, shown
 from nanolmmr1.errors import UserError
 
-MARKER = "<image>"
-MAX_IMAGE_PIXELS = 64_000_000
-MAX_TEXT = 16 << 20  # characters of a problem, answer, caption or task
-MAX_ID = 200  # characters of an id, which appears in logs and messages
-# An explicit list, because some other plugins of Pillow start programs (EPS runs Ghostscript).
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Our column -> the columns of the data that are tried, unless prompt.columns names one.
-COLUMNS = {"problem": ("problem",), "answer": ("answer",), "images": ("images", "image"), "caption": ("caption",),
-           "id": ("id", "qid"), "task": ("task",)}
-warnings.filterwarnings("ignore", "Tag data larger|Corrupt EXIF|Metadata", module="PIL")  # one per image otherwise
+MAX_BAD = 10_000  # a source whose first rows are all bad is not read further
+MAX_NAMES = 1000  # of columns, for messages
+FIRST = 5  # bad rows that are shown
+LIKE_IMAGES = re.compile(r"image|img|picture|photo|figure|diagram|screenshot", re.I)  # names of columns
 
-ImageItem = str | bytes  # an absolute path, or the bytes of an image file
 Size = tuple[int, int]  # tokens and image patches of a prompt
 
 
@@ -51,19 +40,36 @@ Size = tuple[int, int]  # tokens and image patches of a prompt
 class Row:
     """One problem with its gold answer."""
 
-    problem: str  # with one MARKER per image
+    problem: str  # with one MARKER per image; without images, a MARKER is plain text
     answer: str
     images: list[ImageItem] = field(default_factory=list)
     caption: str = ""
     id: str = ""
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)  # the data's other columns that are JSON
+    options: list[str] = field(default_factory=list)  # of a multiple choice, in the order A, B, ...
 
     def public(self) -> dict[str, Any]:
         """The row for reward functions, JSON-able: all columns, images by path or size."""
         images = [item if isinstance(item, str) else f"<{len(item)} bytes>" for item in self.images]
         return self.extra | dict(problem=self.problem, answer=self.answer, images=images, caption=self.caption,
-                                 id=self.id, task=self.task)
+                                 id=self.id, task=self.task, options=self.options)
+
+
+class Loaded(NamedTuple):
+    """The rows of one or several sources."""
+
+    rows: list[Row]
+    dropped: dict[str, int]  # bad rows by reason
+    notes: list[str]  # lines for the user: how the rows were read, how many have pictures, which are bad
+
+
+class NoColumn(UserError):
+    """`prompt.columns` names a column that no row of a source has."""
+
+    def __init__(self, ours: str, message: str) -> None:
+        super().__init__(message)
+        self.ours = ours
 
 
 class Measures(Protocol):
@@ -79,58 +85,178 @@ class ChecksGold(Protocol):
     def gold_problems(self, rows: list[dict[str, Any]]) -> list[str]: ...
 
 
-def load_rows(source: str | list[str], columns: dict[str, str] | None = None) -> list[Row]:
+def load_rows(source: str | list[str], columns: dict[str, str] | None = None, on_bad_row: str = "skip",
+              image_dir: str = "") -> Loaded:
     """Read and check all rows of one or several sources.
 
     Args:
         source: a .jsonl, .json or .parquet file, a hub id, or a folder. A folder holds such files, an image folder's
-            `metadata.jsonl`, or the files of `datasets.save_to_disk`. `@split` after a folder or hub id picks a split.
-        columns: our column names -> those of the data.
+            `metadata.jsonl`, or the files of `datasets.save_to_disk`. `@split` after a folder or hub id picks a split,
+            `:config` before it a configuration of the hub.
+        columns: our column names -> those of the data; a dot leads into an object, as in reward_model.ground_truth.
+        on_bad_row: "skip" drops and counts bad rows, "stop" refuses them.
+        image_dir: where relative paths of images start; empty: at the folder of the data file.
 
     Raises:
-        UserError: names file and line (row number in parquet and data sets), the problem and the cure.
+        UserError: a source cannot be read or has no good row. NoColumn: see there. Each names the cure.
     """
     columns = columns or {}
     if not all(ours in COLUMNS and isinstance(theirs, str) for ours, theirs in columns.items()):
         raise UserError(f"prompt.columns={columns}: give each of {', '.join(COLUMNS)} the name of a column of the data")
-    rows: list[Row] = []
-    places: dict[ImageItem, str] = {}  # where each image is first used
+    if image_dir and not os.path.isdir(os.path.expanduser(image_dir)):
+        raise UserError(f"data.image_dir={shown(image_dir)}: there is no such folder")
+    folder = Path(os.path.expanduser(image_dir)) if image_dir else None
+    loaded, dropped, first = Loaded([], {}, []), Counter[str](), list[str]()
     for name in [source] if isinstance(source, str) else source:
-        before = len(rows)
-        for record, place, folder in raw_rows(name):
-            rows.append(_row(record, place, folder, columns))
-            for item in rows[-1].images:
-                places.setdefault(item, place)
-        if len(rows) == before:
-            raise UserError(f"{shown(name)} holds no rows")
-    _check_images(places)
-    return rows
+        reader = _Source(shown(name), columns)
+        for record, place, beside in raw_rows(name):
+            reader.add(record, place, folder or beside)
+        reader.finish()
+        loaded.rows.extend(reader.rows)
+        loaded.notes.extend(reader.notes())
+        dropped += reader.bad
+        first += reader.first
+    if dropped and on_bad_row == "stop":
+        raise UserError(f"{_counts(dropped)}; with data.on_bad_row=skip they are dropped. The first: "
+                        + " | ".join(first[:FIRST]))
+    return loaded._replace(dropped=dict(dropped))
 
 
-def open_image(item: ImageItem) -> Image.Image:
-    """Decode an image to RGB, turned upright by its EXIF orientation, transparency flattened on white.
-
-    Raises:
-        UserError: missing, broken, of an unknown format, or larger than MAX_IMAGE_PIXELS by its header.
-    """
-    with _opened(item) as (image, orientation):
-        if image.mode.startswith("I"):  # 16-bit greys: Pillow's own conversion clips all but the darkest to white
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image.convert("RGBA"))
-            image = white
-        image = image.convert("RGB")
-        image.info = {}  # exif_transpose rewrites an image's EXIF, which fails if another of its tags is damaged
-        image.getexif()[Base.Orientation] = orientation
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+def _counts(numbers: dict[str, int]) -> str:
+    return f"{sum(numbers.values()):,} bad rows (" + ", ".join(f"{n:,} {kind}" for kind, n in numbers.items()) + ")"
 
 
-def image_size(item: ImageItem) -> tuple[int, int]:
-    """(width, height) in pixels of `open_image`'s result, read from the file's header alone."""
-    with _opened(item) as (image, orientation):
-        return (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)
+class _Source:
+    """Reads the records of one source into rows, and notes how."""
+
+    def __init__(self, name: str, columns: dict[str, str]) -> None:
+        self.name, self.columns = name, columns
+        self.rows: list[Row] = []
+        self.places: list[str] = []  # of the rows, as "file:line"
+        self.bad = Counter[str]()  # rows by reason
+        self.first: list[str] = []  # messages of the first bad rows
+        self.absent = set(columns)  # our columns whose named column no row has had so far
+        self.names: dict[str, None] = {}  # the data's columns, for messages
+        self.used = {ours: Counter[str]() for ours in COLUMNS}  # where each of our columns came from
+        self.has_pictures = False
+        self.said = Counter[str]()  # rows by what was done to them
+        self.unused: dict[str, bool] = {}  # other columns that seem to hold pictures -> whether by their values
+
+    def add(self, record: Any, place: str, folder: Path | None) -> None:
+        """Read one record; a bad one is counted."""
+        try:
+            self.rows.append(self._row(record, place, folder))
+            self.places.append(place)
+        except BadRow as error:
+            self._drop(error, place)
+        if not self.rows and self.bad.total() >= MAX_BAD:
+            self._refuse("the rest was not read")
+
+    def finish(self) -> None:
+        """Drop the rows whose pictures fail; refuse a source that has no good row or whose pictures would be lost."""
+        for ours in sorted(self.absent if self.names else ()):
+            raise NoColumn(ours, f"{self.name}: no row has the column {self.columns[ours]!r} that "
+                           f"prompt.columns.{ours} names; the columns are {shown(', '.join(self.names))}")
+        lost = [shown(name, 100) for name, by_value in self.unused.items() if by_value]
+        if lost and not self.has_pictures:
+            raise UserError(f"{self.name}: no row has pictures in a column that is read, but the column {lost[0]!r} "
+                            f"holds some: set prompt.columns.images={lost[0]}, or remove the column")
+        broken = images.unusable(item for row in self.rows for item in row.images)
+        kept = []
+        for row, place in zip(self.rows, self.places, strict=True):
+            error = next((broken[item] for item in row.images if item in broken), None)
+            markers = [] if row.images else images.MARKERS.findall(row.problem)
+            if markers and self.has_pictures:
+                error = BadRow("markers and pictures differ", f"{len(markers)} {markers[0]} markers in the problem, "
+                               "but 0 images; add the images, or remove the markers")
+            elif MARKER in markers:
+                self.said[f"have {MARKER} as plain text, since the source has no pictures"] += 1
+            if error:
+                self._drop(error, place)
+            else:
+                kept.append(row)
+        self.rows = kept
+        if not kept:
+            self._refuse("no row is left")
+
+    def notes(self) -> list[str]:
+        """Lines for the user."""
+        total, pictured = len(self.rows) + self.bad.total(), sum(bool(row.images) for row in self.rows)
+        kept = f"{len(self.rows):,}"
+        lines = [f"{self.name}: {kept} of {total:,} rows read; {pictured:,} of {kept} rows have pictures"]
+        how = [f"{ours} from " + ", ".join(f"{name} ({count:,})" if len(names) > 1 else name
+                                           for name, count in names.most_common(FIRST))
+               for ours, names in self.used.items() if set(names) - {f"'{ours}'"}]
+        lines += [f"{self.name}: {', '.join(how)}"] if how else []
+        lines += [f"{self.name}: {count:,} rows {what}" for what, count in self.said.items() if count]
+        unused = [shown(name, 100) for name, by_value in self.unused.items() if by_value or not pictured]
+        lines += [f"{self.name}: WARNING: the column {name!r} seems to hold pictures, and they are not used; to use "
+                  f"them set prompt.columns.images={name}" for name in unused[:FIRST]]
+        lines += [f"{self.name}: dropped {_counts(self.bad)}; the first:"] if self.bad else []
+        return lines + [f"  {text}" for text in self.first]
+
+    def _drop(self, error: BadRow, place: str) -> None:
+        self.bad[error.kind] += 1
+        if len(self.first) < FIRST:
+            self.first.append(f"{place}: {error}")
+
+    def _refuse(self, why: str) -> None:
+        if not self.bad:
+            raise UserError(f"{self.name} holds no rows")
+        raise UserError(f"{self.first[0]} -- {why} of {self.name}: {_counts(self.bad)}"
+                        + "".join(f" | {text:.200}" for text in self.first[1:]))
+
+    def _row(self, record: Any, place: str, folder: Path | None) -> Row:
+        """A raw row, checked."""
+        if isinstance(record, BadRow):
+            raise record
+        if not isinstance(record, dict):
+            raise BadRow("not an object", f"an object with named columns is needed, got {brief(record)}")
+        if len(self.names) < MAX_NAMES and not record.keys() <= self.names.keys():
+            self.names.update(dict.fromkeys(record))
+        fields = Fields(record, self.columns, folder)
+        self.absent -= set(fields.names)
+        self._look_for_pictures(fields)
+        if any(images.find(record.get(name)) for name in ("video", "videos", "video_path")):
+            raise BadRow("has a video", "the row has a video, and only text and images are read")
+        try:
+            pictures = fields.pictures()
+        finally:
+            self.has_pictures |= fields.has_pictures
+        text = {"problem": fields.problem(len(pictures))}
+        text |= {ours: fields.text(ours) for ours in ("answer", "caption", "task")}
+        for ours in ("problem", "answer"):
+            if not text[ours].strip():
+                raise BadRow(f"no {ours}", f"no {ours}; the row's columns are {shown(', '.join(record))}: "
+                             f"fill it in, or name the right column with prompt.columns.{ours}=COLUMN")
+        options, said = fields.options(), list(fields.said)
+        if lines := shown_options(text["problem"], text["answer"], options):
+            text["problem"] += lines
+            said.append("got their options listed after the problem, since the answer is a letter")
+        marked, items = images.place(text["problem"], pictures)
+        if marked == MARKER * len(items) + text["problem"] and items:
+            said.append("have pictures without a marker in the text, so the pictures stand first")
+        self.said.update(said)
+        for ours, name in fields.names.items():
+            self.used[ours][f"the chat in {name!r}" if name in fields.chats else repr(name)] += 1
+        return Row(marked, text["answer"], items, text["caption"], fields.id() or os.path.basename(place),
+                   text["task"], fields.extra(), [images.NUMBERED.sub(r"image \1", option) for option in options])
+
+    def _look_for_pictures(self, fields: Fields) -> None:
+        """Note columns, also inside objects, that seem to hold pictures and are not read."""
+        if len(self.unused) > MAX_NAMES:
+            return
+        for name, value in fields.record.items():
+            if isinstance(value, str | bytes | list | dict) and value and name not in fields.read:
+                inner = value.items() if isinstance(value, dict) else ()
+                for label, each in [(name, value), *((f"{name}.{key}", each) for key, each in inner)]:
+                    if self.unused.get(label):
+                        break
+                    if label not in fields.read and fields.holds_pictures(each):
+                        self.unused[label] = True
+                        break
+                if LIKE_IMAGES.search(name) or images.is_picture(value):
+                    self.unused.setdefault(name, False)
 
 
 class PromptSampler:
@@ -158,138 +284,57 @@ class PromptSampler:
         return np.argsort(bits.random_raw(self.num_rows), kind="stable").tolist()
 
 
+class Selected(NamedTuple):
+    """The rows that a phase can train on."""
+
+    rows: list[tuple[Row, Size]]
+    dropped: dict[str, int]  # rows by reason
+    unusable: list[str]  # why rows cannot be made a prompt
+    golds: list[str]  # which gold answers earn no reward, and why
+
+
 def select_rows(rows: list[Row], processor: Measures, captions: bool, max_prompt_tokens: int, judge: ChecksGold,
-                where: str) -> tuple[list[tuple[Row, Size]], dict[str, int]]:
+                where: str) -> Selected:
     """Select the rows that a phase can train on.
 
-    Dropped are rows without a caption where captions are shown, prompts above max_prompt_tokens (image tokens
-    included), and rows whose gold answer no response can equal: none could earn their reward.
+    Dropped are rows without a caption where captions are shown, rows that the processor refuses, prompts above
+    max_prompt_tokens (image tokens included), and rows whose gold answer no response can equal: none could earn their
+    reward.
 
     Args:
         where: the phase's key, as in "phases.text".
 
-    Returns:
-        Selected rows with their sizes, and how many rows were dropped by reason.
-
     Raises:
         UserError: no row is left.
     """
-    def measure(row: Row) -> Size:
+    unusable = []
+
+    def measure(row: Row) -> Size | None:
         # Tokenising takes 200 bytes per character, so a text that must be too long is not tokenised.
         long = len(row.problem) + len(row.caption) * captions > max_prompt_tokens  # a token has a character or more
         least = processor.at_least(row, captions) if long else 0
-        return (least, 0) if least > max_prompt_tokens else processor.measure(row, captions)
+        try:
+            return (least, 0) if least > max_prompt_tokens else processor.measure(row, captions)
+        except UserError as error:
+            unusable.append(str(error))
+            return None
 
     captioned = [row for row in rows if row.caption or not captions]
     progress = track(captioned, "counting prompt tokens", transient=True, disable=len(rows) <= 200)
-    measured = [(row, measure(row)) for row in progress]
+    measured = [(row, size) for row in progress if (size := measure(row))]
     short = [(row, size) for row, size in measured if size[0] <= max_prompt_tokens]
     problems = judge.gold_problems([row.public() for row, _ in short])
     selected = [each for each, problem in zip(short, problems, strict=True) if not problem]
-    dropped = {"no caption": len(rows) - len(captioned), "prompt too long": len(captioned) - len(short),
-               **Counter(filter(None, problems))}
+    golds = [f"row {row.id}: {problem}: {shown(row.answer, 80)}"
+             for (row, _), problem in zip(short, problems, strict=True) if problem]
+    dropped = {"no caption": len(rows) - len(captioned), "no prompt": len(unusable),
+               "prompt too long": len(measured) - len(short), **Counter(filter(None, problems))}
     dropped = {reason: count for reason, count in dropped.items() if count}
     if not selected:
         tokens = [size[0] for _, size in measured]
         lengths = f"{min(tokens)} / {statistics.median(tokens):.0f} / {max(tokens)}" if tokens else "none counted"
+        first = "".join(f" | {text:.300}" for text in [*unusable, *golds][:FIRST])
         raise UserError(f"{where}: no row is left of {len(rows)}, dropped {dropped}; prompt tokens min / median / max: "
                         f"{lengths}. For long prompts raise {where}.max_prompt_tokens={max_prompt_tokens} or lower "
-                        "prompt.max_pixels; for captions and gold answers look at prompt.columns")
-    return selected, dropped
-
-
-def _row(record: Any, place: str, folder: Path | None, columns: dict[str, str]) -> Row:
-    """A raw row, checked."""
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: an object with named columns is needed, got {brief(record)}")
-    names = {ours: next((name for name in ([columns[ours]] if ours in columns else theirs) if name in record), None)
-             for ours, theirs in COLUMNS.items()}
-    value = {ours: record.get(name) for ours, name in names.items()}
-    text = {}
-    for ours in ("problem", "answer", "caption", "task"):
-        text[ours] = _text(value[ours], ours, place)
-        if ours in ("problem", "answer") and not text[ours].strip():
-            raise UserError(f"{place}: no {ours}; the row's columns are {shown(', '.join(map(str, record)))}: fill it "
-                            f"in, or name the right column with prompt.columns.{ours}=COLUMN")
-    items = value["images"] if isinstance(value["images"], list) else [value["images"]]
-    images = [_image(item, place, folder) for item in items if item is not None and item != ""]
-    if (markers := text["problem"].count(MARKER)) != len(images):
-        raise UserError(f"{place}: {markers} {MARKER} markers in the problem, but {len(images)} images; "
-                        f"write one {MARKER} for each image where it belongs in the text")
-    row_id = str(value["id"]) if isinstance(value["id"], (str, int)) else ""
-    if len(row_id) > MAX_ID:
-        digest = hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).hexdigest()
-        row_id = f"{row_id[:MAX_ID - 20]}...{digest[:16]}"
-    extra = {str(name): v for name, v in record.items() if name not in names.values() and _is_jsonable(v)}
-    return Row(images=images, id=shown(row_id) or os.path.basename(place), extra=extra, **text)
-
-
-def _text(value: Any, column: str, place: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = "" if isinstance(value, float) and math.isnan(value) else str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {column} must be text or a number, got {brief(value)}")
-    if len(value) > MAX_TEXT:
-        raise UserError(f"{place}: {column} has {len(value):,} characters, more than {MAX_TEXT:,}; cut it down")
-    if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{place}: {column} holds half a surrogate pair, which is no text; repair its encoding")
-    return value
-
-
-def _image(item: Any, place: str, folder: Path | None) -> ImageItem:
-    """The absolute path or bytes of an image; a relative path must not leave the folder."""
-    if isinstance(item, dict):
-        item = item.get("bytes") or item.get("path")
-    if isinstance(item, bytes):
-        return item
-    if not isinstance(item, str):
-        raise UserError(f"{place}: an image must be a path or the bytes of an image file, got {brief(item)}")
-    name, absolute = repr(item)[:200], os.path.isabs(item)
-    path = "" if "\0" in item else os.path.realpath(os.path.join(folder or "", item))
-    if not absolute and not (folder and Path(path).is_relative_to(os.path.realpath(folder))):
-        raise UserError(f"{place}: image {name} leads out of {shown(folder or 'a hub data set, which has no folder')}; "
-                        "move it there, or give its absolute path")
-    if not os.path.isfile(path) or os.path.getsize(path) > MAX_RECORD:
-        raise UserError(f"{place}: image {name} is missing, or no file of up to {MAX_RECORD:,} bytes; relative paths "
-                        "start at the folder of the data file")
-    return path
-
-
-def _is_jsonable(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # such as bytes, dates or decimals of parquet
-        return False
-    return True
-
-
-def _check_images(places: dict[ImageItem, str]) -> None:
-    """Decode every image once; `places` says where each is used."""
-    def check(item: ImageItem) -> None:
-        try:
-            open_image(item)
-        except UserError as error:
-            raise UserError(f"{places[item]}: {error}") from error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(track(pool.map(check, places), "checking images", total := len(places), transient=True,
-                   disable=total <= 200))
-
-
-@contextlib.contextmanager
-def _opened(item: ImageItem) -> Iterator[tuple[Image.Image, Any]]:
-    """An image and its EXIF orientation, from the header alone; errors of decoding it in the block become UserError."""
-    name = f"image {shown(item)}" if isinstance(item, str) else f"image of {len(item)} bytes"
-    try:
-        with Image.open(item if isinstance(item, str) else io.BytesIO(item), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            # A TIFF has no "exif": Pillow turns it while decoding.
-            yield image, image.getexif().get(Base.Orientation, 1) if "exif" in image.info else 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{name} has more than {MAX_IMAGE_PIXELS:,} pixels ({reason(error)}); reduce it") from error
-    except Exception as error:  # Pillow's plugins raise any type on a damaged file
-        raise UserError(f"{name} cannot be read ({reason(error)}); replace it with a whole file of "
-                        f"{', '.join(IMAGE_FORMATS)}, or drop the row") from error
+                        f"prompt.max_pixels; for captions and gold answers look at prompt.columns{first}")
+    return Selected(selected, dropped, unusable[:FIRST], golds[:FIRST])

@@ -132,7 +132,7 @@ def _train(model: Qwen25VL, folder: Path, world: Path, rows: RowsByName, seed: i
     cfg = config.load("desk")
     processor = Processor(folder, cfg.prompt)
     policy = Policy(model, cfg.pack, cfg.optim, processor.banned_ids)
-    loaded = {name: load_rows(str(world / f"{name}.jsonl")) for name in ("text_train", "image_train")}
+    loaded = {name: load_rows(str(world / f"{name}.jsonl")).rows for name in ("text_train", "image_train")}
     rng = random.Random(seed)
 
     def example(skill: bool) -> Group:

@@ -72,8 +72,7 @@ def listed_options(problem: str) -> list[str]:
     return best
 
 
-def option_value(letters: str, options: Sequence[str]) -> str:
-    """The normalised text of a letter's option; "" if there is none, or it may itself be read as a letter."""
-    index = LETTERS.find(letters) if len(letters) == 1 else -1
-    text = normalise(options[index]) if 0 <= index < len(options) else ""
-    return "" if chosen_letters(text) else text
+def option_values(options: Sequence[str]) -> dict[str, str]:
+    """Letter -> normalised text of its option, but for a text that may itself be read as a letter."""
+    texts = zip(LETTERS, map(normalise, options[: len(LETTERS)]), strict=False)
+    return {letter: text for letter, text in texts if text and not chosen_letters(text)}

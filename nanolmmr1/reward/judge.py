@@ -135,7 +135,7 @@ class Judge:
             RewardError: a user function raised, returned no finite number or missed the deadline.
         """
         formats = [Question("format", response, self.cfg.format) for response, _ in pairs]
-        answers = [_accuracy_question(response, row) for response, row in pairs]
+        answers = [self._accuracy_question(response, row) for response, row in pairs]
         verdicts = self._verdicts(formats + answers)
         judgements = []
         for format_question, answer_question, values in zip(formats, answers, self._call_functions(pairs), strict=True):
@@ -146,6 +146,10 @@ class Judge:
             late = int("deadline" in (format.reason, accuracy.reason))
             judgements.append(scores | {"timeout": late, f"reason/{accuracy.reason}": 1.0})
         return judgements
+
+    def _accuracy_question(self, response: str, row: Row) -> Question:
+        gold, parts, options = _gold(row["answer"], row.get("problem", ""), tuple(map(str, row.get("options") or ())))
+        return Question("accuracy", final_answer(response, parts), gold, options if self.cfg.option_value else ())
 
     def _verdicts(self, questions: Iterable[Question]) -> dict[Question, Verdict]:
         """Decide easy questions here; look others up in the cache, or ask the workers. Equal ones are asked once."""
@@ -197,11 +201,6 @@ class Judge:
         row = call.row.get("id") or call.row.get("problem", "")[:60]
         error = reply.get("error", f"it did not return within reward.timeout_s={self.cfg.timeout_s:g}")
         raise RewardError(f"reward function {call.function} failed on row {row!r}: {error}")
-
-
-def _accuracy_question(response: str, row: Row) -> Question:
-    gold, parts, options = _gold(row["answer"], row.get("problem", ""), tuple(map(str, row.get("options") or ())))
-    return Question("accuracy", final_answer(response, parts), gold, options)
 
 
 @functools.lru_cache(CACHE_SIZE)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from nanolmmr1.reward.answer_size import MAX_DEPTH, too_large
-from nanolmmr1.reward.choice import chosen_letters, gold_letters, option_value
+from nanolmmr1.reward.choice import chosen_letters, gold_letters, option_values
 from nanolmmr1.reward.normal import closing, strip_outside
 from nanolmmr1.reward.values import equal_values, read_value, split_unit
 
@@ -35,7 +35,7 @@ _ABOUT = re.compile(r"(?:\\approx|\\sim|≈|~|=|"
                     r"约[为是]?|大约|(?:一|总)?共有?(?=\s*[0-9])|近似[为于]?|"
                     r"\+(?=\s*\\?[0-9A-Za-z]))\s*")  # fmt: skip
 _NAME = re.compile(r"(?:m\s*)?(?:\\(?:angle|triangle|overline|widehat|vec|text)\s*\{?\s*[A-Za-z]{1,4}\s*\}?|"
-                   r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,12}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
+                   r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,24}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
                    r"\([A-Za-z](?:,\s?[A-Za-z]){1,3}\)|[A-Za-z][A-Za-z ]{0,39})")  # fmt: skip
 _IN = re.compile(rf"({_NAME.pattern})\s*\\in(?![A-Za-z])\s*")
 _NAMES_AGAIN = re.compile(r"=|\\in(?![A-Za-z])")
@@ -46,6 +46,7 @@ _BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+reals|全体实数|"
                     r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
 _RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
+_SIDE_BY_SIDE = re.compile(r"[0-9]\s+[0-9]|\([0-9]+\)\s*[0-9]")  # math_verify adds them: 1 20 is 21
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*\{?\s*[0-9]+\s*\}?")  # 110_2
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _CJK = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
@@ -103,7 +104,7 @@ def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | N
             return _decide_letters(answer, *letters, options, equal)
         verdict = _Comparison(equal).verdict(answer, gold)
         chosen = chosen_letters(answer) if options and not verdict.score else ""
-        if chosen and (value := option_value(chosen, options)):
+        if value := option_values(options).get(chosen):
             verdict = max(verdict, _Comparison(equal).verdict(value, gold), key=lambda each: each.score)
         return verdict
     except Undecided:  # parts are no larger than the whole
@@ -111,17 +112,18 @@ def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | N
 
 
 def _decide_letters(answer: str, letters: str, text: str, options: Sequence[str], equal: Equal | None) -> Verdict:
-    chosen = chosen_letters(answer)
+    chosen, values = chosen_letters(answer), option_values(options)
     if chosen or len(letters) > 1:
-        return Verdict(float(chosen == letters), "letter")
-    values = [option_value(letter, options) for letter in "ABCDEFGHIJ"[: len(options)]]
-    index = "ABCDEFGHIJ".index(letters)
-    wanted = text or (values[index] if index < len(values) else "")
+        said = gold_letters(answer)  # with text, as in (B) 12; the text of another option contradicts its letter
+        others = [as_text(value) for letter, value in values.items() if letter != letters]
+        contradiction = said and said[1] and as_text(said[1]) in others
+        return Verdict(float(chosen == letters and not contradiction), "letter")
+    wanted = text or values.get(letters, "")
     if not wanted:
         return Verdict(0.0, "letter")
-    others = [value for i, value in enumerate(values) if value and i != index]
     comparison = _Comparison(equal)
     verdict = comparison.verdict(answer, wanted)
+    others = [value for letter, value in values.items() if letter != letters]
     if verdict.score and any(comparison.verdict(other, wanted).score for other in others):
         return Verdict(0.0, "letter")  # two options have this value
     return verdict
@@ -190,7 +192,7 @@ class _Comparison:
 
     def match_expressions(self, answer: str, gold: str) -> bool:
         self.reason = "unread"
-        if is_prose(answer):
+        if is_prose(answer) or _SIDE_BY_SIDE.search(answer):
             return False
         if self.equal is None:
             raise Undecided

@@ -16,7 +16,7 @@ import torch
 
 from nanolmmr1 import files
 from nanolmmr1.data.prompt import Processor
-from nanolmmr1.data.rows import Row, load_rows, select_rows
+from nanolmmr1.data.rows import NoColumn, Row, load_rows, select_rows
 from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.model.qwen import Qwen25VL
@@ -107,6 +107,11 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
     """
     loader = _Loader(cfg, processor, judge, display)
     data = Data({}, {}, {}, {})
+    for phase in cfg.phases.values():
+        loader.load(phase.data)
+    for task in cfg.evaluate.tasks.values():
+        loader.load(task["data"])
+    dist.together(loader.check_columns)
     for name, phase in cfg.phases.items():
         data.rows[name], data.sizes[name], data.hashes[name] = loader.select(
             phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}"
@@ -123,9 +128,12 @@ class _Loader:
     """Reads each source once, however many phases use it."""
 
     def __init__(self, cfg: Recipe, processor: Processor, judge: Judge, display: Display) -> None:
-        self.columns, self.processor, self.judge, self.display = cfg.prompt.columns, processor, judge, display
+        self.columns, self.options, self.processor = cfg.prompt.columns, cfg.data, processor
+        self.judge, self.display = judge, display
         self.loaded: dict[str, list[Row]] = {}
         self.judge_checked = False
+        self.found: set[str] = set()  # keys of prompt.columns that some source has
+        self.missing: dict[str, NoColumn] = {}  # and those that some source lacks
 
     def select(
         self, source: str | list[str], captions: bool, max_tokens: int, where: str
@@ -133,33 +141,68 @@ class _Loader:
         """The usable rows of a source, their sizes and their hash."""
         rows = self.load(source)
         # Rank 0 selects for all: the judge has a deadline, so two ranks might select differently.
-        indices, sizes, dropped, digest = dist.on_main(lambda: self._select(rows, captions, max_tokens, where))
+        indices, sizes, dropped, notes, digest = dist.on_main(lambda: self._select(rows, captions, max_tokens, where))
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         self.display.note(f"{where}: {len(indices)} of {len(rows)} rows; dropped: {reasons}")
+        for note in notes:
+            self.display.note(f"  {note}")
         return [rows[i] for i in indices], sizes, digest
 
     def load(self, source: str | list[str]) -> list[Row]:
         key = json.dumps(source)
         if key not in self.loaded:
-            rows = dist.together(lambda: load_rows(source, self.columns))
+            names = [source] if isinstance(source, str) else source
+            rows, notes = dist.together(lambda: self._read(names))
             text = "\n".join(f"{row.problem}\t{row.answer}\t{row.caption}" for row in rows)
             if len(set(dist.gather(hashlib.sha256(text.encode()).digest()))) > 1:
                 raise SharedError(f"{source}: the ranks read different rows; give all hosts the same files")
+            for note in notes:
+                self.display.note(note)
             self.loaded[key] = rows
         return self.loaded[key]
 
+    def _read(self, names: list[str]) -> tuple[list[Row], list[str]]:
+        """Rows and notes. A source that lacks a named column is read without that name, if another source has it."""
+        rows, notes = list[Row](), list[str]()
+        for name in names:
+            columns, lacks = dict(self.columns), list[NoColumn]()
+            while True:
+                try:
+                    loaded = load_rows(name, columns, self.options.on_bad_row, self.options.image_dir)
+                    break
+                except NoColumn as error:
+                    lacks.append(error)
+                    del columns[error.ours]
+                except UserError as error:
+                    raise lacks[0] if lacks else error from None
+            self.found |= set(columns)
+            self.missing = {error.ours: error for error in lacks} | self.missing
+            rows += loaded.rows
+            notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
+        return rows, notes
+
+    def check_columns(self) -> None:
+        """Refuse a name of prompt.columns that no source has."""
+        for ours, error in self.missing.items():
+            if ours not in self.found:
+                raise error
+
     def _select(
         self, rows: list[Row], captions: bool, max_tokens: int, where: str
-    ) -> tuple[list[int], Sizes, dict[str, int], str]:
+    ) -> tuple[list[int], Sizes, dict[str, int], list[str], str]:
         if not self.judge_checked:
             self.judge.check([row.public() for row in rows])
             self.judge_checked = True
-        kept, dropped = select_rows(rows, self.processor, captions, max_tokens, self.judge, where)
+        kept, dropped, unusable, golds = select_rows(rows, self.processor, captions, max_tokens, self.judge, where)
+        if unusable and self.options.on_bad_row == "stop":
+            raise UserError(f"{where}: {dropped['no prompt']} bad rows; with data.on_bad_row=skip they are dropped. "
+                            f"The first: {' | '.join(unusable)}")  # fmt: skip
         index = {id(row): i for i, row in enumerate(rows)}
         return (
             [index[id(row)] for row, _ in kept],
             [size for _, size in kept],
             dropped,
+            unusable + golds,
             hash_rows(row for row, _ in kept),
         )
 

@@ -1,0 +1,275 @@
+"""The columns of a record: which of them hold the problem, the answer, the options and the pictures of a row.
+
+Names of columns that common data sets use are tried in a fixed order, unless `prompt.columns` names one.
+
+Next: chat.py, rows that are chats.
+"""
+
+import decimal
+import functools
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+from nanolmmr1.data import chat, images
+from nanolmmr1.data.images import MARKER, ImageItem
+from nanolmmr1.data.readers import BadRow, parsed, shown
+
+MAX_TEXT = 16 << 20  # characters of a problem, answer, caption or task
+MAX_ID = 200  # characters of an id, which appears in logs and messages
+CHATS = ("message", "messages", "conversations", "conversation", "prompt")
+# Our column -> the columns of the data that are tried: for images the first with a picture, for the others the first
+# that the row has. A dot leads into an object.
+COLUMNS = {
+    "problem": ("problem", "question", "problem_text", "query", *CHATS),
+    "answer": ("answer", "final_answer", "gold", "gold_answer", "gt_answer", "ground_truth",
+               "reward_model.ground_truth", "expected_answer", "reference_answer", "correct_answer", "target", "label",
+               "solution", "completion", "response", *CHATS),
+    "images": ("images", "decoded_image", "image", "image_<number>", "image_path", "image_paths", "img", "imgs",
+               "img_path", "img_paths", "image_file", "image_files", "image_bytes", "image_base64", "imagename",
+               "image_name", "picture", "pictures", "picture_path", "photo", "photos", "figure", "figures",
+               "figure_path", "diagram", "diagrams", "screenshot", "jpg", "jpeg", "png", "webp", "image_url",
+               "image_urls", *CHATS),
+    "options": ("options", "choices", "option"), "caption": ("caption",), "id": ("id", "qid"), "task": ("task",)}
+# Any value of these is meant as a picture; the other names count only where the value plainly is one.
+PICTURES = ("images", "decoded_image", "image")
+NUMBERED = "image_<number>"  # stands for image_1, image_2 ... together
+HEADS = {name.partition(".")[0] for theirs in COLUMNS.values() for name in theirs}
+ABSENT = object()
+
+
+def get(record: dict[str, Any], name: str) -> Any:
+    """The value of a column, also of a dotted name; ABSENT if there is none."""
+    if name in record:
+        return record[name]
+    head, dot, rest = name.partition(".")
+    inner = record.get(head) if dot else None
+    inner = parsed(inner) if isinstance(inner, str) else inner
+    return get(inner, rest) if isinstance(inner, dict) else ABSENT
+
+
+def _number(name: str) -> int | None:
+    """The number of a column such as image_1."""
+    found = re.fullmatch(r"(?:images?|img|picture|figure)[_ ]?(\d{1,2})", name, re.I) if len(name) < 20 else None
+    return int(found[1]) if found else None
+
+
+@functools.lru_cache(100)
+def _candidates(present: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+    """Our columns -> names to try in a record with these names. Most records of a source have the same ones."""
+    tried = {ours: (dict(columns)[ours],) if ours in dict(columns) else theirs for ours, theirs in COLUMNS.items()}
+    return {ours: [name for name in theirs if name == NUMBERED or name in present or _head(name) in present]
+            for ours, theirs in tried.items()}
+
+
+def _head(name: str) -> str:
+    return name.partition(".")[0]
+
+
+class Fields:
+    """The columns that one record uses.
+
+    Args:
+        columns: our column -> the data's, where the recipe names one.
+        folder: where relative paths of pictures start.
+    """
+
+    names: dict[str, str]  # our column -> the data's, for those that the record has
+
+    def __init__(self, record: dict[str, Any], columns: dict[str, str], folder: Path | None) -> None:
+        self.record, self.columns, self.folder = record, columns, folder
+        self.has_pictures = False  # set by `pictures`, also if one of them is missing
+        self.said: list[str] = []  # what was done to the row beyond reading it
+        self.chats: dict[str, chat.Chat] = {}
+        # Columns image_1, image_2 ... by their number, without empty ones.
+        self.numbered = {number: name for name in record
+                         if (number := _number(name)) is not None and images.is_picture(record[name])}
+        self.names = {}
+        known = HEADS.union(columns.values(), map(_head, columns.values())) & record.keys()
+        for ours, theirs in _candidates(frozenset(known), tuple(columns.items())).items():
+            if name := next((name for name in theirs if self._has(ours, name)), None):
+                self.names[ours] = name
+        # The columns that the row is made of. Options stay among the others, for reward functions.
+        self.read = {name for ours, name in self.names.items() if ours != "options"}
+        if NUMBERED in self.read:
+            self.read.update(self.numbered.values())
+
+    def _has(self, ours: str, name: str) -> bool:
+        """Whether the record has our column under this name."""
+        if name == NUMBERED:
+            return bool(self.numbered)
+        value = get(self.record, name)
+        if value is ABSENT or ours in self.columns:
+            return value is not ABSENT
+        if name in CHATS and ours in ("answer", "images"):
+            read = self._probe(name, value)
+            return bool(read and (read.answer if ours == "answer" else read.pictures))
+        if ours == "options":
+            return bool(_options(value))
+        if ours != "images":
+            return True
+        on_web = "url" in name and isinstance(value, str) and "://" in value[:10]
+        return bool(images.find(value)) if name in PICTURES else on_web or images.is_picture(value)
+
+    def _chat(self, name: str, value: Any) -> chat.Chat | None:
+        if name not in self.chats:
+            if (found := chat.turns(value)) is None:
+                return None
+            self.chats[name] = chat.read(found)
+        return self.chats[name]
+
+    def _probe(self, name: str, value: Any) -> chat.Chat | None:
+        """The chat of a column that may hold one; None too if it cannot be read."""
+        try:
+            return self._chat(name, value)
+        except BadRow:
+            return None
+
+    def _value(self, ours: str) -> tuple[Any, chat.Chat | None]:
+        name = self.names.get(ours)
+        value = get(self.record, name) if name and name != NUMBERED else None
+        return value, self._chat(name, value) if name and ours in ("problem", "answer", "images") else None
+
+    def text(self, ours: str) -> str:
+        """The answer, caption or task; "" if the record has none."""
+        value, found = self._value(ours)
+        if ours == "answer":
+            value = found.answer if found else self._one_answer(value)
+        return _text(value, ours)
+
+    def _one_answer(self, value: Any) -> Any:
+        """The answer of a list, which may be written as text; several are joined."""
+        if isinstance(value, str) and re.match(r"""\[\s*["']""", value) and len(found := parsed(value) or []) == 1:
+            value = found
+        answers = [value]
+        while len(answers) == 1 and isinstance(answers[0], list):
+            answers = [each for each in answers[0] if each is not None and each != ""]
+        if len(answers) < 2:
+            return answers[0] if answers else None
+        self.said.append("have several answers, which were joined by commas")
+        return ", ".join(_text(each, "answer") for each in answers)
+
+    def problem(self, count: int) -> str:
+        """The problem of a row that has `count` pictures, its markers not placed yet."""
+        value, found = self._value("problem")
+        if found is None:
+            return _text(value, "problem")
+        if found.has_system:
+            self.said.append("have a system turn, which was left out: prompt.system sets it")
+        if not count and found.problem != found.text:
+            raise BadRow("picture missing", "the chat has a picture part, but neither it nor the row has the picture")
+        # The text may have a marker for each picture in addition to the picture parts.
+        in_text = found.text.count(MARKER) == count != found.problem.count(MARKER)
+        return _text(found.text if in_text else found.problem, "problem")
+
+    def pictures(self) -> dict[int, ImageItem]:
+        """The row's pictures by the number that a numbered marker gives them.
+
+        Raises:
+            BadRow: one cannot be found.
+        """
+        if self.names.get("images") == NUMBERED:
+            found = {number: images.find(self.record[name])[0] for number, name in sorted(self.numbered.items())}
+        else:
+            value, read = self._value("images")
+            found = dict(enumerate(read.pictures if read else images.find(value), 1))
+        self.has_pictures = bool(found)
+        return {number: images.locate(item, self.folder) for number, item in found.items()}
+
+    def options(self) -> list[str]:
+        """The options of a multiple choice; [] if there are none, or they cannot be read."""
+        return _options(self._value("options")[0])
+
+    def id(self) -> str:
+        """The id in one short printable line, or ""."""
+        value, _ = self._value("id")
+        text = str(value) if isinstance(value, str | int) else ""
+        if len(text) > MAX_ID:
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+            text = f"{text[:MAX_ID - 20]}...{digest[:16]}"
+        return shown(text)
+
+    def extra(self) -> dict[str, Any]:
+        """The other columns that are JSON."""
+        return {str(name): v for name, v in self.record.items() if name not in self.read and _is_jsonable(v)}
+
+    def holds_pictures(self, value: Any) -> bool:
+        """Whether a value of some column is a picture that is here, or a chat with one."""
+        if (found := chat.turns(value)) is None:
+            return images.is_here(value, self.folder)
+        try:
+            return bool(chat.read(found).pictures)
+        except BadRow:
+            return False
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, int | float | decimal.Decimal):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"{column} must be text or a number, got {brief(value)}")
+    if len(value) > MAX_TEXT:
+        raise BadRow("text too long", f"{column} has {len(value):,} characters, more than {MAX_TEXT:,}; cut it down")
+    if re.search("[\ud800-\udfff]", value):
+        raise BadRow("half a surrogate", f"{column} holds half a surrogate pair, which is no text; repair its encoding")
+    return value
+
+
+def _options(value: Any) -> list[str]:
+    """The texts of options: of a list, an object {"A": ...} or {"text": [...]}, their JSON or literal text, or lines
+    or clauses that begin with A., B. and so on."""
+    if isinstance(value, str):
+        marks = list(re.finditer(r"(?:^|[\n;,])[ \t]*\(?([A-Z])[.):\uff0e\uff1a\u3001]", value))
+        if (inner := parsed(value)) is not None:
+            value = inner
+        elif len(marks) > 1 and [mark[1] for mark in marks] == _letters(len(marks)):
+            ends = [mark.start() for mark in marks[1:]] + [len(value)]
+            value = [value[mark.end():end].strip() for mark, end in zip(marks, ends, strict=True)]
+    if isinstance(value, dict):
+        keys = sorted(map(str, value))
+        is_lettered = [key.upper() for key in keys] == _letters(len(keys))
+        value = [value[key] for key in keys] if is_lettered else value.get("text", value.get("texts"))
+    if not isinstance(value, list) or not 1 < len(value) <= 26:
+        return []
+    try:
+        texts = [_text(each, "options") for each in value]
+    except BadRow:
+        return []
+    return texts if all(texts) else []
+
+
+def _letters(count: int) -> list[str]:
+    return [chr(65 + i) for i in range(count)]
+
+
+def shown_options(problem: str, answer: str, options: list[str]) -> str:
+    """The lines that list the options, or "": where the answer is no letter of theirs, or the problem lists them.
+
+    Without these lines a model could only guess the letter.
+    """
+    if not options or len(answer) > 200:
+        return ""
+    letters = re.fullmatch(r"(?:\\boxed\{)?[\W_]*([A-Z](?:[\W_]*[A-Z])*)[\W_]*", answer.strip())
+    named = set(re.findall("[A-Z]", letters[1])) if letters else set()
+    every = _letters(len(options))
+    if not named or not named <= set(every) or (answer in options and options != every):
+        return ""
+    if all(re.search(rf"(?<![A-Za-z]){letter}\s*[).:\uff09\uff0e\uff1a\u3001]", problem) for letter in every):
+        return ""
+    return "".join(f"\n({letter})" + f" {text}" * (text != letter) for letter, text in zip(every, options, strict=True))
+
+
+def _is_jsonable(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # such as bytes, dates or decimals of parquet
+        return False
+    return True
