@@ -116,12 +116,12 @@ def damaged(folder):
         return str(error)
 
 
-def main(folder, broken, out):
+def main(folder, broken, own_head, out):
     dist.start("cpu", 60.0)
     folder, out = Path(folder), Path(out)
     said = {"hand_over": [hand_over(over, size) for over in ("all", "host") for size in (1 << 20, 150, 1)]}
     said["folders"] = [folders(folder, out, over) for over in ("all", "host")]
     said["full_disk"] = full_disk(folder, out)
     said["full_memory"] = full_memory()
-    said["damaged"] = damaged(Path(broken))
+    said["damaged"] = [damaged(Path(broken)), damaged(Path(own_head))]
     print(json.dumps(said))

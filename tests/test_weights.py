@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import ranks_weights
@@ -18,6 +19,7 @@ from nanolmmr1.model.qwen import Qwen25VL
 from nanolmmr1.parallel import export
 
 INDEX = "model.safetensors.index.json"
+SIZES = Path(weights.__file__).parent / "sizes"
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -146,10 +148,135 @@ def test_everything_but_weights_comes_along(tied, tmp_path):
     assert {"preprocessor_config.json", "tokenizer_config.json", "generation_config.json"} < names
 
 
-def test_a_tied_head_that_was_written_once_more_is_ignored(tied):
+def test_companions_are_written_as_transformers_reads_them(tied, tmp_path):
+    folder, model = tied
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(written), encoding="utf-8-sig")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}', encoding="utf-16")
+    (folder / "adapter_config.json").write_text("{}")
+    export.save(model, tmp_path / "again", folder)
+    assert json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8")) == written
+    assert json.loads((tmp_path / "again/generation_config.json").read_text(encoding="utf-8")) == {"eos_token_id": 1}
+    assert not (tmp_path / "again/adapter_config.json").exists()
+
+
+def write_shards(folder, *shards):
+    """Replace the weights by shards, and their index; the shards' names keep their order."""
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name)
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    (folder / INDEX).write_bytes(json.dumps({"weight_map": weight_map}).encode("utf-8-sig"))
+
+
+def give_head(folder, change=lambda embed: embed, name="lm_head.weight", first=None, embed=True):
+    """Write a head made from the embedding, into the same file, or a shard that is read before or after it."""
+    state = load_file(folder / "model.safetensors")
+    head = {name: change(state["model.embed_tokens.weight"]).clone()}
+    if not embed:
+        del state["model.embed_tokens.weight"]
+    if first is None:
+        save_file(state | head, folder / "model.safetensors")
+    else:
+        write_shards(folder, *([head, state] if first else [state, head]))
+
+
+def nudged(embed):
+    head = embed.clone()
+    head[-1, -1] += 1e-3
+    return head
+
+
+NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+
+
+@pytest.mark.parametrize("first", [None, False, True], ids=["one file", "head last", "head first"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tied_head_that_was_written_once_more_is_ignored(tied, name, first):
+    folder, model = tied
+    give_head(folder, name=name, first=first)
+    assert same(weights.load(folder), model)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_tied_head_is_the_same_where_one_of_the_two_was_rounded(tied, tmp_path, first):
+    folder, model = tied
+    give_head(folder, lambda embed: embed.bfloat16(), first=first)
+    bf16 = model.head.bfloat16()
+    assert torch.equal(weights.load(folder).head, bf16.float() if first else model.head)
+    half = tmp_path / "half"
+    export.save(model, half, folder, torch.bfloat16)
+    give_head(half, lambda embed: embed.float())
+    assert torch.equal(weights.load(half).head, bf16.float())
+
+
+def test_a_tied_head_alone_serves_as_the_embedding(tied):
+    folder, model = tied
+    give_head(folder, embed=False)
+    assert same(weights.load(folder), model)
+
+
+@pytest.mark.parametrize("change", [nudged, lambda e: nudged(e).half(), lambda e: -e, lambda e: torch.zeros_like(e),
+                                    lambda e: e + torch.nan])
+@pytest.mark.parametrize("first", [None, False, True], ids=["one file", "head last", "head first"])
+def test_a_head_of_its_own_under_a_tie_flag_is_refused_until_the_flag_says_so(tied, monkeypatch, change, first):
+    folder, model = tied
+    monkeypatch.setattr(weights, "ROWS", 10)  # the last of 64 rows are a part of their own
+    give_head(folder, change, first=first)
+    words = "lm_head.weight and model.embed_tokens.weight differ, but config.json has tie_word_embeddings=true"
+    with pytest.raises(UserError, match=words):
+        weights.load(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    untied = weights.load(folder)
+    assert torch.equal(untied.model.embed_tokens.weight, model.head)
+    assert torch.equal(untied.head, change(model.head).float()) or change(model.head).isnan().all()
+
+
+@pytest.mark.parametrize(("root", "text", "tied"), [(True, None, True), (False, None, False), (None, True, True),
+                                                    (False, True, True), (True, False, True), (None, None, False)])
+def test_either_place_of_a_config_ties_the_head(sizes, tmp_path, root, text, tied):
+    tree = sizes("3B")
+    del tree["tie_word_embeddings"]
+    vision = {"vision_config": tree.pop("vision_config")}
+    flags = [{} if flag is None else {"tie_word_embeddings": flag} for flag in (root, text)]
+    tree = vision | {"model_type": "qwen2_5_vl", "text_config": tree | flags[1]} | flags[0]
+    assert config_of(tmp_path, tree).tie_word_embeddings == tied
+
+
+def test_a_tensor_in_two_files_counts_once_if_equal_and_is_refused_if_not(tied):
     folder, model = tied
     state = load_file(folder / "model.safetensors")
-    save_file(state | {"lm_head.weight": torch.zeros(64, 128)}, folder / "model.safetensors")
+    norm = {"model.norm.weight": state["model.norm.weight"].clone()}
+    write_shards(folder, state, norm)
+    (folder / INDEX).unlink()
+    assert same(weights.load(folder), model)
+    save_file({"model.norm.weight": norm["model.norm.weight"] + 1}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match="00002.safetensors: model.norm.weight differs from the one in model-00001"):
+        weights.load(folder)
+
+
+BESIDE = ("adapter_model", "optimizer", "consolidated", "consolidated.00", "training_state", "model_ema", "a", "z")
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards without index", "shards with index"])
+def test_other_tensors_beside_the_weights_are_not_read(tied, layout):
+    folder, model = tied
+    if layout != "one file":
+        items = list(load_file(folder / "model.safetensors").items())
+        write_shards(folder, dict(items[:9]), dict(items[9:]))
+    if layout == "shards without index":
+        (folder / INDEX).unlink()
+    for name in BESIDE:
+        save_file({"base_model.model.lora_A.weight": torch.ones(2)}, folder / f"{name}.safetensors")
+    if layout == "shards with index":
+        save_file({"model.norm.weight": torch.ones(2)}, folder / "model.safetensors")
+    assert same(weights.load(folder), model)
+
+
+def test_weights_of_any_name_are_read_where_nothing_else_is(tied):
+    folder, model = tied
+    (folder / "model.safetensors").rename(folder / "pytorch_model.safetensors")
     assert same(weights.load(folder), model)
 
 
@@ -200,7 +327,7 @@ DAMAGE = {  # how a folder is damaged, and words of the complaint
     "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "config.json: hidden_act='gelu'"),
     "another rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn"}), "config.json: rope type 'yarn'"),
     "sections": (lambda f: edit_config(f, rope_scaling={"mrope_section": [4, 4, 4]}), r"config.json: .*\(4, 4, 4\)"),
-    "lacking key": (lambda f: edit_config(f, vision_config={}), "config.json lacks 'depth'"),
+    "no vision": (lambda f: edit_config(f, vision_config={}), "vision out_hidden_size 3584 must be hidden_size 128"),
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
     "deep index": (lambda f: (f / INDEX).write_text('{"weight_map": ' * 100_000), "index.json is not a weight index"),
     "half a character": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json is not JSON"),
@@ -276,6 +403,62 @@ def test_the_published_3b_config_is_read(shared, tmp_path):
         assert 3.7e9 < sum(p.numel() for p in Qwen25VL(cfg).parameters()) < 3.8e9
 
 
+@pytest.fixture
+def sizes():
+    """"3B" or "7B" -> config.json as published."""
+    return lambda size: json.loads((SIZES / f"Qwen2.5-VL-{size}-Instruct" / "config.json").read_text())
+
+
+def config_of(folder, tree):
+    (folder / "config.json").write_text(json.dumps(tree))
+    return weights.read_config(folder)
+
+
+def without_defaults(section, config_class):
+    """A section of a config without the keys that have the class's default, as transformers 4.49 saves it."""
+    defaults = config_class().to_dict()
+    return {key: value for key, value in section.items() if key not in defaults or defaults[key] != value}
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_keys_that_transformers_left_out_have_its_defaults(sizes, tmp_path, size):
+    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as theirs
+
+    tree, gold = sizes(size), config_of(tmp_path, sizes(size))
+    vision = without_defaults(tree["vision_config"], theirs.Qwen2_5_VLVisionConfig)
+    assert {"depth", "num_heads", "patch_size", "window_size", "fullatt_block_indexes"}.isdisjoint(vision)
+    assert ("out_hidden_size" in vision) == (size == "3B") and "hidden_size" in vision
+    assert config_of(tmp_path, tree | {"vision_config": vision}) == gold
+    text = without_defaults(tree, theirs.Qwen2_5_VLTextConfig)
+    assert ("vocab_size" in text) == (size == "3B")
+    assert config_of(tmp_path, text | {"vision_config": vision}) == gold
+    nested = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision}
+    assert config_of(tmp_path, nested) == gold
+    del vision["in_chans"]
+    assert config_of(tmp_path, nested) == gold
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_a_config_that_the_installed_transformers_saves_reads_as_the_published_one(sizes, tmp_path, size):
+    from transformers import Qwen2_5_VLConfig
+
+    gold = config_of(tmp_path, sizes(size))
+    for use_diff in (True, False):
+        Qwen2_5_VLConfig.from_pretrained(tmp_path).to_json_file(tmp_path / "config.json", use_diff=use_diff)
+        assert weights.read_config(tmp_path) == gold
+
+
+def test_the_defaults_are_those_of_transformers():
+    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as theirs
+
+    text, vision = theirs.Qwen2_5_VLTextConfig(), theirs.Qwen2_5_VLVisionConfig()
+    for key, value in weights.TEXT.items():
+        assert value == (text.default_theta if key == "rope_theta" else getattr(text, key)), key
+    for key, value in weights.VISION.items():
+        theirs_value = getattr(vision, "in_channels" if key == "in_chans" else key)
+        assert value == (list(theirs_value) if isinstance(value, list) else theirs_value), key
+
+
 def test_a_folder_is_found_and_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     assert weights.find(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="no/such/folder"):
@@ -293,10 +476,10 @@ def test_offloaded_shards_are_handed_over_where_the_model_computes(sharded_weigh
 def test_ranks_read_hand_over_and_write_what_one_process_does(tied, tmp_path):
     """4 ranks, over all of them and as 2 hosts of 2: with more ranks than rows, and rows that they cannot share."""
     folder, _ = tied
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
+    broken, own_head = (shutil.copytree(folder, tmp_path / name) for name in ("broken", "own_head"))
     lose_tensor(broken)
-    ranks = results(4, ranks_weights.__file__, folder, broken, tmp_path / "out", hosts=2)
+    give_head(own_head, nudged)  # in a row that only the last rank holds
+    ranks = results(4, ranks_weights.__file__, folder, broken, own_head, tmp_path / "out", hosts=2)
     block = [f"block.{name}" for name in ranks_weights.AWKWARD]
     whole = [block[:4], block[4:5], block[5:], ["last.end"]]  # one dtype a bucket, and what is not sharded ends one
     few = [block[:3], *([name] for name in block[3:]), ["last.end"]]
@@ -307,7 +490,8 @@ def test_ranks_read_hand_over_and_write_what_one_process_does(tied, tmp_path):
         assert "full cannot be written" in rank["full_disk"][0] and "No space left" in rank["full_disk"][0]
         assert rank["full_disk"][1] == ["all", "host"]
         assert rank["full_memory"] == ["rank 1: no memory to gather weights: tried to allocate 9 GiB", 2, 7]
-        assert "broken lacks 1 of" in rank["damaged"] and "model.norm.weight" in rank["damaged"]
+        assert "broken lacks 1 of" in rank["damaged"][0] and "model.norm.weight" in rank["damaged"][0]
+        assert "embed_tokens.weight differ" in rank["damaged"][1]
     files = sorted(path.name for path in (tmp_path / "out" / "all").glob("*.safetensors"))
     assert len(files) > 4
     for turn in (0, 1):

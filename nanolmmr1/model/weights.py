@@ -5,7 +5,8 @@ our module names) and the one that newer transformers writes (`text_config`; `mo
 `model.visual.*`). parallel/export.py writes the published layout, which transformers and vLLM both read.
 
 config.json is untrusted: every value is checked before anything of that size is allocated. transformers' config
-classes do not serve: they accept vocab_size=-1, replace missing sizes by defaults and hang on a huge layer count.
+classes do not serve: they accept vocab_size=-1 and hang on a huge layer count. A key that config.json lacks has the
+default of these classes, because some releases of transformers leave such keys out when they save.
 
 Next: ../../kernels/_triton.py, how kernels are launched.
 """
@@ -26,7 +27,14 @@ from nanolmmr1.errors import UserError
 from nanolmmr1.model.qwen import ModelConfig, Qwen25VL, VisionConfig
 
 INDEX = "model.safetensors.index.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model")  # files of a model folder that are copied with the weights
+# Defaults of transformers' Qwen2_5_VLTextConfig and Qwen2_5_VLVisionConfig.
+TEXT = {"vocab_size": 152_064, "hidden_size": 8192, "intermediate_size": 29_568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+VISION = {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
+          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "out_hidden_size": 3584,
+          "fullatt_block_indexes": [7, 15, 23, 31]}
 # Upper limits of config values, far above any published model, and of those not named here.
 MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1024, "depth": 1024, "num_attention_heads": 1024, "num_heads": 1024,
         "num_key_value_heads": 1024, "in_channels": 64, "in_chans": 64, "patch_size": 1024, "spatial_merge_size": 64,
@@ -34,6 +42,7 @@ MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1024, "depth": 1024, "num_at
         "rms_norm_eps": 1.0, "rope_theta": 1e18}
 MOST_SIZE = 1 << 20
 SLACK = 1 << 28  # parameters
+ROWS = 4096  # of two tensors, compared at a time
 
 
 def find(model: str) -> Path:
@@ -80,12 +89,14 @@ def read_config(folder: str | Path) -> ModelConfig:
     ):
         if value not in supported:
             raise UserError(f"{path}: {name}{value!r:.100} is not supported, only {supported[0]!r}")
-    text = text | {
+    text = TEXT | text
+    ties = [part.get("tie_word_embeddings", False) for part in (tree, text)]  # either place ties, as in transformers
+    text |= {
         "mrope_section": rope.get("mrope_section"),
-        "rope_theta": rope.get("rope_theta") or text.get("rope_theta"),
-        "tie_word_embeddings": tree.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        "rope_theta": rope.get("rope_theta") or text["rope_theta"],
+        "tie_word_embeddings": next((tie for tie in ties if tie is not False), False),
     }
-    tower = VisionConfig(**_values(path, VisionConfig, {"in_chans": 3} | vision))
+    tower = VisionConfig(**_values(path, VisionConfig, VISION | vision))
     cfg = ModelConfig(**_values(path, ModelConfig, text), vision=tower)
     _check_config(path, cfg)
     return cfg
@@ -104,8 +115,6 @@ def _values(path: Path, config: type, tree: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, required in ((field.name, field.type) for field in fields(config) if field.type is not VisionConfig):
         key = "in_chans" if name == "in_channels" and name not in tree else name
-        if key not in tree:
-            raise UserError(f"{path} lacks {key!r}: a complete Qwen2.5-VL config is needed")
         value, most = tree[key], MOST.get(key, MOST_SIZE)
         if required is bool:
             valid, needed = isinstance(value, bool), "true or false"
@@ -199,31 +208,58 @@ def fill(model: Qwen25VL, folder: str | Path) -> None:
     With FSDP every rank reads all tensors and copies its own shards, without communication. So ranks may raise
     different errors.
 
+    Some folders hold a tied head again, or in place of the embedding. A head that differs from the embedding is
+    refused: transformers 5 would use it, but vLLM and older transformers would ignore it.
+
     Raises:
-        UserError: missing shard; missing, unexpected or misshapen tensor; damaged file.
+        UserError: missing shard; missing, unexpected or misshapen tensor; two tensors of one parameter that differ;
+            damaged file.
     """
     folder = Path(folder)
     parameters = dict(model.named_parameters())
-    missing = dict.fromkeys(parameters)
+    missing, sources = dict.fromkeys(parameters), dict[str, tuple[Path, str]]()  # source: file, name in it
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, safe_open is no mapping
                     ours = published_name(name)
-                    if ours == "lm_head.weight" and model.cfg.tie_word_embeddings:
-                        continue  # some folders repeat the tied head
+                    if tied := ours == HEAD and model.cfg.tie_word_embeddings:
+                        ours = EMBED
                     if ours not in parameters:
                         raise UserError(f"{path}: unexpected tensor {name!r:.200}; the config describes another model")
-                    tensor, shape = file.get_tensor(name), parameters[ours].shape
-                    if tensor.shape != shape:
-                        raise UserError(f"{path}: {ours} is {tuple(tensor.shape)}, the config wants {tuple(shape)}")
-                    _copy(tensor, parameters[ours].detach())
-                    missing.pop(ours, None)
+                    given, shape = tuple(file.get_slice(name).get_shape()), tuple(parameters[ours].shape)
+                    if given != shape:
+                        raise UserError(f"{path}: {HEAD if tied else ours} is {given}, the config wants {shape}")
+                    if ours in missing:
+                        _copy(file.get_tensor(name), parameters[ours].detach())
+                        sources[ours] = path, name
+                        del missing[ours]
+                    elif not _equal(sources[ours], (path, name)):
+                        raise UserError(_twice(sources[ours][0], path, ours))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({str(error)!r:.300}): fetch the file again") from error
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of {len(parameters)} tensors, {next(iter(missing))} first: a "
                         "shard is missing")
+
+
+def _equal(*sources: tuple[Path, str]) -> bool:
+    """Whether two tensors (file, name), of one shape, are equal, or one is the other rounded to its dtype."""
+    with safe_open(sources[0][0], framework="pt") as first, safe_open(sources[1][0], framework="pt") as second:
+        one, two = first.get_slice(sources[0][1]), second.get_slice(sources[1][1])
+        for start in range(0, one.get_shape()[0], ROWS):
+            a, b = one[start : start + ROWS], two[start : start + ROWS]
+            if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
+                return False
+    return True
+
+
+def _twice(first: Path, second: Path, name: str) -> str:
+    """The complaint about two different tensors of one parameter."""
+    if name == EMBED:
+        return (f"{second}: {HEAD} and {EMBED} differ, but config.json has tie_word_embeddings=true: set it to false "
+                f"to train this head as the model's own, or remove {HEAD}")
+    return f"{second}: {name} differs from the one in {first.name}: remove the file that is not of this model"
 
 
 def _copy(tensor: torch.Tensor, out: torch.Tensor) -> None:
@@ -235,16 +271,18 @@ def _copy(tensor: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder: those of its index, or all of them if it has none.
+    """The .safetensors files of a folder's model: those of its index; without one `model.safetensors`, else
+    `model-*-of-*.safetensors`, else all. So an adapter or optimizer state beside the weights is not read.
 
     Raises:
         UserError: no such file, or a damaged index, or one that names files which are missing or outside the folder.
     """
     index = folder / INDEX
     if not index.is_file():
-        if not (paths := sorted(folder.glob("*.safetensors"))):
-            raise UserError(f"{folder} has no .safetensors file: other weight formats are not read")
-        return paths
+        for pattern in ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors"):
+            if paths := sorted(folder.glob(pattern)):
+                return paths
+        raise UserError(f"{folder} has no .safetensors file: other weight formats are not read")
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]

@@ -162,8 +162,15 @@ def _save_companions(
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-        if path.name not in ("config.json", INDEX) and not (folder / path.name).exists():
+        # transformers would look for the adapter of an adapter_config.json, which is not part of this model.
+        if path.name in ("config.json", "adapter_config.json", INDEX) or (folder / path.name).exists():
+            continue
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4)) if path.suffix == ".json" else "utf-8"
+        if encoding == "utf-8":
             shutil.copyfile(path, folder / path.name)
+        else:  # a byte-order mark or UTF-16: we read these, transformers and vLLM do not
+            (folder / path.name).write_text(path.read_bytes().decode(encoding), encoding="utf-8")
     config = json.loads((source / "config.json").read_bytes())
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
