@@ -1,4 +1,4 @@
-"""What a step tells of its sampler: by hand on a few tokens, and in a real step over prompts of both kinds."""
+"""What a step tells of its sampler and its rewards: by hand on a few tokens, and in real steps."""
 
 import math
 from dataclasses import replace
@@ -10,6 +10,8 @@ from small import SmallProcessor, small_trainer
 from nanolmmr1.data.group import Group, Response
 from nanolmmr1.data.prompt import Prompt
 from nanolmmr1.data.rows import Row
+from nanolmmr1.report.logs import read_lines
+from nanolmmr1.report.page import write_report
 from nanolmmr1.report.record import mismatch
 from nanolmmr1.rollout.batch import Batch
 from nanolmmr1.schema import Objective
@@ -113,3 +115,61 @@ def test_a_step_compares_with_the_policy_before_its_first_update(tmp_path, updat
         assert record[f"mismatch/{kind}/kl"] == pytest.approx(k3(gap), rel=1e-3)
     assert record["mismatch/logp_abs_max"] == record["mismatch/image/logp_abs_max"]
     assert 0.125 < record["mismatch/logp_abs"] < 0.25
+
+
+def judged(trainer, *groups):
+    """A step whose groups have these judgements, each with `timeout` and its accuracy as reward."""
+    given = iter([judgement for group in groups for judgement in group])
+
+    def score(pairs):
+        each = [next(given) for _ in pairs]
+        return [{"timeout": 0, "overall": judgement.get("accuracy", 0.0)} | judgement for judgement in each]
+
+    trainer.judge.score = score
+    return trainer.step()
+
+
+RIGHT, WRONG = {"accuracy": 1.0}, {"accuracy": 0.0}
+
+
+@pytest.mark.parametrize(("groups", "right", "wrong", "equal"), [
+    (([RIGHT] * 4, [WRONG] * 4, [RIGHT, WRONG] * 2, [WRONG] * 4), 1 / 4, 2 / 4, 3 / 4),
+    (([RIGHT] * 4, [RIGHT] * 3 + [WRONG], [WRONG] * 3 + [RIGHT], [RIGHT] * 4), 2 / 4, 0, 2 / 4),
+    # The rewards of groups that are all right or all wrong may differ still, as by their format.
+    (([RIGHT | {"overall": k} for k in range(4)], [WRONG | {"overall": k} for k in range(4)], [RIGHT] * 4,
+      [{"accuracy": 0.5}] * 4), 2 / 4, 1 / 4, 2 / 4),
+    ((*[[{"overall": 1.0, "length": 1.0}] * 4] * 4,), None, None, 1),  # rewards of the user's alone
+])
+def test_groups_that_are_all_right_or_all_wrong_are_counted(tmp_path, groups, right, wrong, equal):
+    record = judged(small_trainer(tmp_path), *groups)
+    assert (record.get("reward/frac_all_right"), record.get("reward/frac_all_wrong")) == (right, wrong)
+    assert record["reward/frac_zero_std"] == equal
+
+
+def test_a_reason_is_a_fraction_of_all_responses_and_a_reward_the_mean_of_those_that_have_it(tmp_path):
+    first = [RIGHT | {"reason/parsed": 1.0, "style": 0.5}] * 3 + [WRONG | {"reason/letter": 1.0}]
+    record = judged(small_trainer(tmp_path), first, *[[WRONG | {"reason/unread": 1.0}] * 4] * 2, [RIGHT] * 4)
+    assert {key: value for key, value in record.items() if "/reason/" in key} == {
+        "reward/reason/letter": 1 / 16, "reward/reason/parsed": 3 / 16, "reward/reason/unread": 8 / 16}
+    assert (record["reward/style"], record["reward/accuracy"]) == (0.5, 7 / 16)
+
+
+def test_a_run_whose_responses_are_all_cut_off_says_so_once_and_in_its_report(tmp_path):
+    notes = []
+    trainer = small_trainer(tmp_path, lambda ids, row: 0.0, notes=notes, phase={"steps": 6, "max_response_tokens": 3})
+    trainer.processor.stop_ids = ()
+    for _ in range(6):
+        assert trainer.step()["response_length/clip_ratio"] == 1
+    sentence = ("every response of the last 5 steps was cut off at 3 tokens, before its end: raise "
+                "phases.train.max_response_tokens, or ask for shorter answers in prompt.system")
+    assert [note for note in notes if not note.startswith("train ")] == [f"step 5: {sentence}"]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 6
+    assert write_report(tmp_path).read_text().count(f"Phase train, step 5: {sentence}.") == 1
+
+
+def test_a_run_that_learns_says_nothing(tmp_path):
+    notes = []
+    trainer = small_trainer(tmp_path, notes=notes, phase={"steps": 6})
+    records = [trainer.step() for _ in range(6)]
+    assert all(record["actor/grad_norm"] > 0 and record["reward/frac_zero_std"] < 1 for record in records)
+    assert len(notes) == 6 and all(note.startswith("train ") for note in notes)

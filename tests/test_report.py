@@ -14,6 +14,7 @@ from PIL import Image
 
 from nanolmmr1.errors import UserError
 from nanolmmr1.report.chart import chart, number, round_step, running_mean, y_ticks
+from nanolmmr1.report.diagnose import Diagnosis
 from nanolmmr1.report.logs import MetricsLog, SampleLog
 from nanolmmr1.report.page import duration, phase_bands, try_report, write_report
 
@@ -301,3 +302,94 @@ def test_numbers_are_short(value, shown):
 ])
 def test_durations_are_short(seconds, shown):
     assert duration(seconds) == shown
+
+
+LEARNS = {"response_length/clip_ratio": 0.1, "response_length/max": 64, "reward/format": 0.5, "actor/grad_norm": 0.7,
+          "reward/frac_all_wrong": 0.2, "reward/frac_all_right": 0.3, "reward/frac_zero_std": 0.5}
+EQUAL = {"reward/frac_zero_std": 1, "actor/grad_norm": 0.0}
+CUT, SHAPELESS = EQUAL | {"response_length/clip_ratio": 1}, EQUAL | {"reward/format": 0}
+HARD, EASY = EQUAL | {"reward/frac_all_wrong": 1}, EQUAL | {"reward/frac_all_right": 1}
+CAUSES = {  # what a step differs in from one that learns -> the sentence's beginning, and the keys that it names
+    "cut off": (CUT, "every response of the last 5 steps was cut off at 64 tokens", "phases.a.max_response_tokens"),
+    "cut off, wrong and without format": (CUT | SHAPELESS | HARD, "every response of the last 5 steps was cut off",
+                                          "phases.a.max_response_tokens"),
+    "format never met": (SHAPELESS, "no response of the last 5 steps had the format", "prompt.system reward.format"),
+    "format never met and wrong": (SHAPELESS | HARD, "no response of the last 5 steps had the format", "reward.format"),
+    "format never met, yet learning": ({"reward/format": 0.0}, "no response of the last 5 steps had", "reward.format"),
+    "all wrong": (HARD, "every response of the last 5 steps was wrong", "phases.a.data samples.jsonl"),
+    "all wrong, format learnt": ({"reward/frac_all_wrong": 1.0}, "every response of the last 5 steps was wrong", ""),
+    "all right": (EASY, "every response of the last 5 steps was right", "phases.a.data"),
+    "all equal": (EQUAL, "all responses to the same prompt earned the same reward",
+                  "phases.a.temperature phases.a.group_size phases.a.dynamic_sampling"),
+    "no gradient": ({"actor/grad_norm": 0.0}, "the gradient of the last 5 steps was exactly 0", "phases.a.objective"),
+}
+
+
+def told(*steps, planned=100, rewarded=None):
+    """{number of a step in phase a: what is said at it}"""
+    diagnosis = Diagnosis({"a": planned}, rewarded or {"format": True, "accuracy": True})
+    said = [diagnosis.see({"phase": "a", "step": i} | LEARNS | step) for i, step in enumerate(steps, 1)]
+    return {i: sentence for i, sentence in enumerate(said, 1) if sentence}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_cause_that_stops_learning_is_told_once_with_the_key_to_change(name):
+    step, begins, keys = CAUSES[name]
+    said = told({}, *[step] * 20)
+    assert list(said) == [6] and said[6].startswith(begins)
+    assert all(key in said[6] for key in keys.split())
+    assert told(*[step] * 4, {}, *[step] * 4) == {}
+
+
+@pytest.mark.parametrize(("planned", "at"), [(1, 1), (3, 3), (5, 5), (6, 5)])
+def test_a_phase_of_few_steps_is_judged_at_its_end(planned, at):
+    said = told(*[HARD] * planned, planned=planned)
+    assert list(said) == [at] and ("of the only step" if at == 1 else f"of the last {at} steps") in said[at]
+    assert told(*[HARD] * (planned - 1), {}, planned=planned) == ({5: said[at]} if planned == 6 else {})
+
+
+def test_a_cause_is_told_again_when_it_was_gone_for_a_while_and_another_one_at_once():
+    assert list(told(*[HARD] * 5, *[{}] * 5, *[HARD] * 6)) == [5, 15]
+    assert list(told(*[HARD] * 5, *[{}] * 4, *[HARD] * 6)) == [5]
+    said = told(*[CUT | HARD] * 7, *[HARD] * 3)
+    assert list(said) == [5, 8] and "cut off" in said[5] and "wrong" in said[8]
+
+
+def test_each_phase_is_told_of_its_own():
+    diagnosis = Diagnosis({"a": 9, "b": 9}, {})
+    said = [diagnosis.see({"phase": phase} | LEARNS | HARD) for phase in "aaaabbbbbb"]
+    assert [bool(sentence) for sentence in said] == [False] * 8 + [True, False] and "phases.b.data" in said[8]
+
+
+def test_what_has_no_weight_in_the_reward_is_no_cause():
+    own = {"format": False, "accuracy": False}
+    assert told(*[{"reward/format": 0, "reward/frac_all_wrong": 1}] * 9, rewarded=own) == {}
+    assert "same reward" in told(*[HARD | SHAPELESS] * 5, rewarded=own)[5]
+
+
+def test_records_that_lack_numbers_are_no_cause():
+    assert not any(Diagnosis({}, {}).see({"phase": "a", "actor/grad_norm": None}) for _ in range(9))
+
+
+def test_the_report_of_a_killed_run_says_why_nothing_was_learnt(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(1, 8):
+        log.write({"phase": "<b>a", "step": step} | LEARNS | HARD)
+    recipe = {"phases": {"<b>a": {"steps": 100}}, "reward": {"format_weight": 0.5, "accuracy_weight": 1.0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = write_report(tmp_path).read_text()
+    assert page.count("Phase &lt;b&gt;a, step 5: every response of the last 5 steps was wrong: ") == 1
+    recipe["reward"]["accuracy_weight"] = 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "Phase &lt;b&gt;a, step 5: all responses to the same prompt" in write_report(tmp_path).read_text()
+
+
+def test_the_reasons_of_judgements_are_a_chart_in_which_a_missing_one_is_0(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step, reasons in ((1, {"parsed": 1.0}), (2, {"letter": 0.25, "parsed": 0.75})):
+        shares = {f"reward/reason/{name}": share for name, share in reasons.items()}
+        log.write({"phase": "a", "step": step, "reward/overall": 0.5} | shares)
+    reader = Reader(write_report(tmp_path).read_text())
+    points = [json.loads(attributes["data-points"]) for tag, attributes in reader.tags if tag == "output"]
+    assert [[value for _, value in curve] for curve in points[1:]] == [["1", "0.75"], ["0", "0.25"]]
+    assert reader.count("figure", "chart") == 2

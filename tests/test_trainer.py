@@ -13,7 +13,8 @@ from nanolmmr1.schema import Phase, Rollout
 from nanolmmr1.update.objective import group_advantages
 from nanolmmr1.update.pack import pack_groups
 
-DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std actor/pg_loss
+DOCUMENTED = """reward/overall reward/accuracy reward/format reward/timeouts reward/frac_zero_std
+    reward/frac_all_right reward/frac_all_wrong actor/pg_loss
     actor/kl_loss actor/entropy actor/ppo_kl actor/pg_clipfrac_higher actor/pg_clipfrac_lower
     actor/pg_clipfrac_dual actor/grad_norm actor/lr actor/skipped_steps mismatch/kl mismatch/logp_abs
     mismatch/logp_abs_max mismatch/text/kl mismatch/text/logp_abs mismatch/text/logp_abs_max

@@ -1,6 +1,6 @@
 """Live display of a run: progress bars on a terminal, plain lines elsewhere (a CI log, a file), about ten per phase.
 
-Next: page.py, report.html.
+Next: diagnose.py, runs that cannot learn.
 """
 
 import contextlib

@@ -24,6 +24,7 @@ from markupsafe import Markup
 from nanolmmr1.errors import UserError
 from nanolmmr1.files import write_atomically
 from nanolmmr1.report.chart import LEFT, NUM_COLOURS, RIGHT, WIDTH, Band, Point, chart, number
+from nanolmmr1.report.diagnose import Diagnosis
 from nanolmmr1.report.display import Accuracy, accuracy_rows
 from nanolmmr1.report.logs import Record, read_log
 
@@ -37,6 +38,7 @@ CHARTS = (  # title, unit, {metrics key: label}
     ("Learning rate", "", {"actor/lr": "rate"}),
     ("Throughput", "tokens per second", {"perf/throughput": "tokens/s"}),
 )
+REASON = "reward/reason/"
 EXACT = ("Learning rate", "Held-out accuracy")  # charts without noise to smooth
 
 
@@ -68,6 +70,7 @@ def write_report(run_folder: str | Path) -> Path:
     stages, times = _stage_times(metrics, bands)
     html = TEMPLATES.get_template("page.html").render(
         name=recipe.get("name") or folder.resolve().name, facts=_facts(recipe, summary, metrics), faults=faults,
+        warnings=_warnings(recipe, metrics),
         accuracy=accuracy_rows(accuracy), bands=bands, reach=reach, charts=_charts(metrics, accuracy, bands, reach),
         stages=stages, times=times, samples=_selected(samples), recipe=recipe_text)
     path = folder / "report.html"
@@ -113,13 +116,26 @@ def _facts(recipe: Mapping[str, Any], summary: Mapping[str, Any], metrics: list[
     }
 
 
+def _warnings(recipe: Mapping[str, Any], metrics: list[Record]) -> list[str]:
+    """What the display has said, or would have, about steps from which nothing can be learnt."""
+    reward, phases = recipe.get("reward") or {}, recipe.get("phases") or {}
+    rewarded = {name: reward.get(f"{name}_weight") != 0 for name in ("format", "accuracy")}
+    diagnosis = Diagnosis({name: phase["steps"] for name, phase in phases.items() if "steps" in phase}, rewarded)
+    told = ((record, diagnosis.see(record)) for record in metrics)
+    return [f"Phase {record['phase']}, step {record['step']}: {sentence}." for record, sentence in told if sentence]
+
+
 def _charts(metrics: list[Record], accuracy: Accuracy, bands: list[Band], reach: int) -> list[Markup]:
     """The figures that have points. Without a KL reference in any phase there is no KL chart."""
     has_kl = any(record.get("actor/kl_loss") or "timing_s/ref" in record for record in metrics)
     figures: list[tuple[str, str, dict[str, list[Point]]]] = []
-    for title, unit, labels in CHARTS:
+    reasons = {key: key.removeprefix(REASON) for key in dict.fromkeys(key for record in metrics for key in record)
+               if key.startswith(REASON)}
+    for title, unit, labels in (*CHARTS, ("Judged by", "fraction of responses", reasons)):
         if has_kl or "actor/kl_loss" not in labels:
-            curves = {label: [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+            # A record lacks a reason that none of its responses had.
+            curves = {label: [(record["step"], value) for record in metrics
+                              if (value := record.get(key, 0.0 if key in reasons else None)) is not None]
                       for key, label in labels.items()}
             figures.append((title, unit, {label: points for label, points in curves.items() if points}))
     figures.insert(1, ("Held-out accuracy", "% right", _held_out(accuracy, bands)))

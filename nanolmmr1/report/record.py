@@ -12,6 +12,12 @@ The policy is the one before the step's first update, which the sampler should e
 `mismatch/tis_frac_high`, `_low`    fraction with a ratio above tis_cap, or below tis_floor: truncated or masked
 `mismatch/tis_eff_sample_size`      (sum w)^2 / (n sum w^2) of the weights w: 1 if all are equal
 
+Groups that teach nothing, as fractions of the sampled groups, and what the judge went by:
+
+`reward/frac_zero_std`                       all rewards of the group are equal
+`reward/frac_all_right`, `_all_wrong`        all its responses have an accuracy of 1, or of 0
+`reward/reason/NAME`                         fraction of responses whose accuracy was judged by NAME (rules.REASONS)
+
 Next: usage.py, stage times and memory.
 """
 
@@ -55,8 +61,6 @@ def step_record(
         seconds: stage times from StageTimer.seconds.
     """
     num_trained_tokens = max(1, update["tokens"])
-    judgements = [judgement for group in sampled for judgement in group.judgements]
-    rewards = {key for judgement in judgements for key in judgement} - {"timeout"}
     lengths = torch.tensor([len(r.ids) for group in sampled for r in group.responses], dtype=torch.float)
     prompt_lengths = [group.prompt_tokens for group in sampled]
     num_tokens = sum(prompt_lengths) + float(lengths.sum())
@@ -64,10 +68,7 @@ def step_record(
         "phase": progress.phase,
         "step": progress.step,
         "phase_step": progress.phase_step,
-        **{f"reward/{key}": _mean([j.get(key, 0.0) for j in judgements if key in j or key.startswith("reason/")])
-           for key in sorted(rewards)},
-        "reward/timeouts": sum(j["timeout"] for j in judgements),
-        "reward/frac_zero_std": 1 - _mean([len(set(group.rewards)) > 1 for group in sampled]),
+        **{f"reward/{key}": value for key, value in rewards(sampled).items()},
         "actor/pg_loss": update["pg_loss"] / update["updates"],
         "actor/kl_loss": update.get("kl_loss", 0.0) / update["updates"],
         "actor/entropy": update["entropy"] / num_trained_tokens,
@@ -96,6 +97,22 @@ def step_record(
         "perf/peak_rss_mb": peak_rss_mb(),
         "perf/rss_mb": rss_mb(),
     }
+
+
+def rewards(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of each reward over the responses that have it, fraction of each reason, and fractions of groups whose
+    responses are all alike. Without an accuracy reward there is no frac_all_right or frac_all_wrong."""
+    judgements = [judgement for group in groups for judgement in group.judgements]
+    columns = {key: [j[key] for j in judgements if key in j] for key in sorted(set().union(*judgements) - {"timeout"})}
+    record = {key: sum(values) / (len(judgements) if key.startswith("reason/") else len(values))
+              for key, values in columns.items()}
+    record["timeouts"] = sum(j["timeout"] for j in judgements)
+    record["frac_zero_std"] = 1 - _mean([len(set(group.rewards)) > 1 for group in groups])
+    if "accuracy" in columns:
+        accuracies = [[j["accuracy"] for j in group.judgements] for group in groups]
+        record["frac_all_right"] = _mean([min(each) >= 1 for each in accuracies])
+        record["frac_all_wrong"] = _mean([max(each) <= 0 for each in accuracies])
+    return record
 
 
 def mismatch(batch: Batch, objective: Objective) -> dict[str, float]:

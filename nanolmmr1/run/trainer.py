@@ -25,6 +25,7 @@ from nanolmmr1.model.qwen import Qwen25VL
 from nanolmmr1.parallel import dist
 from nanolmmr1.parallel.export import published
 from nanolmmr1.parallel.signals import Watch
+from nanolmmr1.report.diagnose import Diagnosis
 from nanolmmr1.report.display import Display
 from nanolmmr1.report.logs import MetricsLog, SampleLog
 from nanolmmr1.report.record import step_record
@@ -96,6 +97,8 @@ class Trainer:
         self.progress, self.watch = progress or Progress(), watch
         self.last_update_finite = True
         self.checkpoint_wait_s = 0.0
+        rewarded = {"format": bool(cfg.reward.format_weight), "accuracy": bool(cfg.reward.accuracy_weight)}
+        self.diagnosis = Diagnosis({name: phase.steps for name, phase in cfg.phases.items()}, rewarded)
 
     def start_phase(self, name: str, rows: list[Row], reference: Qwen25VL | None = None) -> None:
         """Begin a phase, or continue it where `progress` is inside it.
@@ -167,6 +170,8 @@ class Trainer:
             self.metrics.write(record)
             self.keep_sample(batch)
         self.display.step(record)
+        if sentence := self.diagnosis.see(record):
+            self.display.note(f"step {self.progress.step}: {sentence}")
         if error:
             raise error
         self.check_mismatch(record)
