@@ -64,10 +64,13 @@ def _same_function(a: Any, b: Any) -> bool:
 
     As sqrt(1/n) and 1/sqrt(n), which differ for sympy, whose symbols are complex. Constants may be complex.
     """
-    from sympy import Expr, Rational
+    from sympy import Expr, I, Rational
 
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return False
+    a, b = a.doit(), b.doit()
+    if a.has(I) != b.has(I):  # i is read as a symbol
+        a, b = (each.subs({s: I for s in each.free_symbols if str(s) == "i"}) for each in (a, b))
     names = sorted(map(str, a.free_symbols))  # symbols of one name may differ in what sympy assumes of them
     if len(names) > 3 or sorted(map(str, b.free_symbols)) != names:
         return False

@@ -43,12 +43,14 @@ _RELATION = re.compile(r"\s*(\\(?:le|ge)(?![A-Za-z])|[<>])\s*")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w\}?)?|[A-Za-z]\s*\([A-Za-z]\)")
 _BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
                       r"(?:\\in\s*\\mathbb\s*\{?[RQZN]\}?\s*)?[|:]\s*(.+?)\s*\\?\}")
+_REMARK = re.compile(r"(.*\S)\s+\([^()]*[A-Za-z]{3}[^()]*\)")  # 12 (people)
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+reals|全体实数|"
                     r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
 _RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
 _SIDE_BY_SIDE = re.compile(r"[0-9]\s+[0-9]|\([0-9]+\)\s*[0-9]")  # math_verify adds them: 1 20 is 21
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*\{?\s*[0-9]+\s*\}?")  # 110_2
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_INDEX = re.compile(r"([_^])\{(\w)\}")
 _CJK = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
 _CLOCK = re.compile(r"\b[0-2]?[0-9]:[0-5][0-9]\b(?!\s*:)")
 
@@ -140,6 +142,7 @@ class _Comparison:
         return Verdict(score, self.reason)
 
     def match(self, answer: Tree, gold: Tree) -> bool:
+        answer, gold = _only(answer), _only(gold)
         if isinstance(answer, str) and isinstance(gold, str):
             return self.match_leaves(answer, gold)
         if isinstance(answer, str) or isinstance(gold, str):
@@ -207,6 +210,8 @@ def tree(text: str, prose: bool) -> Tree:
     text = strip_outside(text)
     while about := _ABOUT.match(text):
         text = strip_outside(text[about.end() :])
+    if (remark := _REMARK.fullmatch(text)) and read_value(remark[1]):
+        return remark[1]
     if read_value(text) or _depth(text) > MAX_DEPTH:
         return text
     if _REALS.fullmatch(text):
@@ -303,6 +308,11 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in (*parts, text[at:]) if part.strip()]
 
 
+def _only(part: Tree) -> Tree:
+    """The element of a set of one."""
+    return part.items[0] if isinstance(part, Node) and part.kind == "list" and len(part.items) == 1 else part
+
+
 def _point(items: tuple[Tree, ...]) -> Node | None:
     """x = 2, y = -3 as the point (2, -3): parts named by one letter each, in the alphabet's order."""
     named = sorted(_split_name(item) for item in items if isinstance(item, str))
@@ -383,7 +393,7 @@ def is_too_large(text: str) -> bool:
 
 def as_text(text: str) -> str:
     """A text for comparison as words. An exclamation mark behind a number or a letter of mathematics stays: 3! is 6."""
-    text = "".join(text.split()).casefold().strip(".,;:?'\"`")
+    text = _INDEX.sub(r"\1\2", "".join(text.split()).casefold().strip(".,;:?'\"`"))
     return text.rstrip("!") if is_prose(text) else text
 
 
