@@ -43,7 +43,7 @@ _RELATION = re.compile(r"\s*(\\(?:le|ge)(?![A-Za-z])|[<>])\s*")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w\}?)?|[A-Za-z]\s*\([A-Za-z]\)")
 _BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
                       r"(?:\\in\s*\\mathbb\s*\{?[RQZN]\}?\s*)?[|:]\s*(.+?)\s*\\?\}")
-_REMARK = re.compile(r"(.*\S)\s+\([^()]*[A-Za-z]{3}[^()]*\)")  # 12 (people)
+_REMARK = re.compile(r"(.*\S)\s+\(([^()]*)\)")  # 12 (people)
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+reals|全体实数|"
                     r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
 _RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
@@ -210,7 +210,7 @@ def tree(text: str, prose: bool) -> Tree:
     text = strip_outside(text)
     while about := _ABOUT.match(text):
         text = strip_outside(text[about.end() :])
-    if (remark := _REMARK.fullmatch(text)) and read_value(remark[1]):
+    if (remark := _REMARK.fullmatch(text)) and is_prose(remark[2]) and read_value(remark[1]):
         return remark[1]
     if read_value(text) or _depth(text) > MAX_DEPTH:
         return text
