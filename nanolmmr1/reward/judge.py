@@ -30,7 +30,8 @@ from nanolmmr1.errors import UserError
 from nanolmmr1.reward.choice import listed_options
 from nanolmmr1.reward.extract import final_answer, gold_answer
 from nanolmmr1.reward.formats import FORMATS, check_format, format_reward
-from nanolmmr1.reward.rules import Node, Verdict, decide, gold_problem, tree
+from nanolmmr1.reward.parts import Node, tree
+from nanolmmr1.reward.rules import Verdict, decide, gold_problem
 from nanolmmr1.reward.worker import Call, Message, Question
 
 CACHE_SIZE = 8192  # verdicts
