@@ -93,7 +93,7 @@ def _region(text: str) -> tuple[str, bool]:
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if closed and opened:
-        return inside, True
+        return inside.partition("</answer>")[0], True  # some responses close it twice
     thought, ended, after = text.rpartition("</think>")
     after = after.partition("<think>")[0]
     if ended and not after.strip() and boxes(thought):
