@@ -95,7 +95,7 @@ def _region(text: str) -> tuple[str, bool]:
     if closed and opened:
         return inside.partition("</answer>")[0], True  # some responses close it twice
     thought, ended, after = text.rpartition("</think>")
-    after = after.partition("<think>")[0]
+    after = after.partition("<think>")[0].replace("</answer>", "")  # closed, but never opened
     if ended and not after.strip() and boxes(thought):
         return thought, False
     if "<answer>" in after and not boxes(after):  # never closed, and no closed box: no finished answer

@@ -123,6 +123,13 @@ def _decimal(text: str) -> Fraction:
     return Fraction(re.sub(r"[, ]", "", text).removesuffix("."))
 
 
+def _known(name: str) -> tuple[str, Fraction] | None:
+    """Base and scale of a unit that is in the table, also in the plural."""
+    lower = name.lower()
+    return next((UNITS[each] for each in (name, lower, lower.removesuffix("s"), lower.removesuffix("es"))
+                 if each in UNITS), None)  # fmt: skip
+
+
 class _Unit:
     """The text behind a number, read factor by factor."""
 
@@ -131,9 +138,7 @@ class _Unit:
         self.scale = self.times = Fraction(1)  # to base units; of words such as million
 
     def add(self, name: str, power: int) -> None:
-        lower = name.lower()
-        spellings = (name, lower, lower.removesuffix("s"), lower.removesuffix("es"))
-        base, scale = next((UNITS[each] for each in spellings if each in UNITS), (lower.removesuffix("s"), Fraction(1)))
+        base, scale = _known(name) or (name.lower().removesuffix("s"), Fraction(1))
         if base:
             self.powers[base] += power
             self.scale *= scale**power
@@ -150,8 +155,9 @@ def _unit(text: str) -> _Unit | None:
             break
         operator, before, name, power, after = match.groups()
         name = name.rstrip(".").replace(" ", "")
-        # 5m may be a product, 5 m is a length.
-        if (glued and len(name) == 1 and name.isascii() and name.isalpha()) or name in _NO_UNITS:
+        # 5m may be a product, 5 m is a length; 14th is no unit, 14cm is one.
+        unknown = glued and name.isascii() and name.isalpha() and (len(name) == 1 or not _known(name))
+        if unknown or name in _NO_UNITS:
             return None
         divides = divides or operator in ("/", "per")
         exponent = int(power or _WRITTEN_POWER.get((before or after or "").rstrip("."), 1))
