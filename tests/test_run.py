@@ -295,8 +295,9 @@ ASK = {"problem": "<image>How many?", "answer": "2"}
 BAD_ROWS = {
     "no rows": (lambda at: [], "holds no rows"),
     "no answer": (lambda at: [{"problem": "How many?"}], "no answer"),
-    "fewer markers": (lambda at: [ASK | {"problem": "How many?", "images": [picture(at / "a.png")]}], "0 <image>"),
-    "more markers": (lambda at: [ASK | {"images": []}], "1 <image>"),
+    "fewer markers": (lambda at: [ASK | {"images": [picture(at / "a.png")] * 2}], "1 <image> markers"),
+    "more markers": (lambda at: [{"problem": "<image><image>?", "answer": "2", "image": picture(at / "a.png")}],
+                     "2 <image> markers"),
     "missing image": (lambda at: [ASK | {"images": ["gone.png"]}], "'gone.png' is missing"),
     "broken image": (lambda at: [ASK | {"images": [str(write_rows(at / "a.png", [{}]))]}], "a.png cannot be read"),
     "bomb": (lambda at: [ASK | {"images": [bomb(at / "bomb.png")]}], "has more than 64,000,000 pixels"),

@@ -14,7 +14,7 @@ ROUNDED = 1e-6  # the same if one of them is a decimal
 
 
 def equal_expressions(answer: str, gold: str) -> bool | None:
-    """Whether two normalised expressions are equal; None if the answer cannot be read.
+    r"""Whether two normalised expressions are equal; None if the answer cannot be read.
 
     Time and memory are unbounded, so it runs in a worker process.
 
@@ -22,13 +22,17 @@ def equal_expressions(answer: str, gold: str) -> bool | None:
         MemoryError: the comparison exceeds the process's memory limit.
     """
     # Imported here: sympy is slow to import, and the trainer's process does not need it.
+    from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
     from math_verify import LatexExtractionConfig, parse, verify
 
     # No timeouts of math_verify: these use signals, which do not interrupt a long C call. judge.py has a deadline.
     options: dict[str, Any] = dict(parsing_timeout=None, fallback_mode="no_fallback", raise_on_error=True,
                                    extraction_mode="first_match")  # fmt: skip
+    # Its own reading of units would take the h of \pi r^2 h for hours.
+    latex = LatexExtractionConfig(normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False))  # fmt: skip
     try:
-        read, expected = (parse(f"${_spelt(text)}$", [LatexExtractionConfig()], **options) for text in (answer, gold))
+        read, expected = (parse(f"${_spelt(text)}$", [latex], **options) for text in (answer, gold))
         if not read or not expected:
             return None
         if verify(expected, read, timeout_seconds=None, raise_on_error=True):

@@ -17,13 +17,15 @@ _LABELS = re.compile(rf"{_LABEL}[\s$]*\Z")
 _BETWEEN = re.compile(rf"(?:[\s$,;、，；&.]|\\[,;:!()\[\] ]|\\q?quad|\\\\|\\text\s*\{{[\s,]*(?:and|or)?[\s,]*\}}|"
                       rf"\b(?:and|or)\b|[和或与及]|{_LABEL}){{0,40}}")  # fmt: skip
 _PHRASE = re.compile(
-    r"(?:\b(?:answer|ans|(?:correct|right|best)\s+(?:option|choice))[*_`]*"
+    r"(?:\b(?:answers?|ans|(?:correct|right|best)\s+(?:options?|choices?))[*_`]*"
     r"(?:\s+(?:is|are|should\s+be|would\s+be|must\s+be|will\s+be)\b(?:\s+(?:option|choice)\b)?|\s*[:：=]|[*_`]*\s*\n)|"
-    r"####|(?:答案|答)(?:选项)?(?:应该|应当|应)?(?:[是为選选:：]|选择)+|"
-    r"(?:应该?|故|故应|该|正确的?|)(?:选择|选项|选|選)[是为:：]?(?=\s*[(\[（【]?[A-JＡ-Ｊa-j](?![A-Za-z])))"
+    r"####|(?:答案|答)(?:选项)?(?:应该|应当|应)?(?:选项|选择|[是为選选:：】])+|"
+    r"(?<!不)(?:应该?|故|故应|该|正确的?|)(?:选择|选项|选|選|正确的是)[是为:：]?"
+    r"(?=\s*[(\[（【]?(?:[A-JＡ-Ｊ]{1,10}|[a-j])(?![A-Za-z])))"
     r"[*_`]*\s*[:：]?\s*", re.IGNORECASE)  # fmt: skip
+_END_TOKEN = re.compile(r"(?:\s*(?:<\|[a-z_]{1,30}\|>|</s>))+\s*\Z")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
-_SENTENCE_END = re.compile(r"[.。](?=\s|$)|\n(?=[^\n]*[A-Za-z]{3})")
+_SENTENCE_END = re.compile(r"(?<![A-JＡ-Ｊ])[.。](?=\s|$)|\n(?=[^\n]*[A-Za-z]{3})")
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -90,6 +92,7 @@ def _bounded(text: str) -> str:
 
 def _region(text: str) -> tuple[str, bool]:
     """The part of a text that may hold the answer, and whether it is all inside <answer>...</answer>."""
+    text = _END_TOKEN.sub("", text)
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if closed and opened:

@@ -16,6 +16,7 @@ _INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A,
                             *range(0xFE00, 0xFE10)])  # fmt: skip
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸ", "0123456789+-()nixy", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₓ", "0123456789+-()nix", strict=True))
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨"
 _FRACTIONS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
           "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho",
@@ -32,6 +33,7 @@ _TABLE: dict[int, str | None] = {
     **_INVISIBLE,
     **{ord(sign): f"\\{name} " for sign, name in (_GREEK | _SIGNS).items()},
     **{ord(c): r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("⁄")) for c in _FRACTIONS},
+    **{ord(c): f"({i}) " for i, c in enumerate(_CIRCLED, 1)},
     **dict.fromkeys(map(ord, "−–—‒‐‑"), "-"),
     **dict.fromkeys(map(ord, "‘’‛"), "'"), **dict.fromkeys(map(ord, "“”„"), '"'),
     **{ord(c): text for c, text in {"°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "℃": r"^\circ C",
@@ -56,7 +58,7 @@ _ALIASES = {
     "cdots": "...", "varphi": r"\phi", "varepsilon": r"\epsilon", "vartheta": r"\theta", "infinity": r"\infty",
     "iff": ",", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "thickapprox": r"\approx",
     "simeq": r"\approx", "measuredangle": r"\angle", "bigcup": r"\cup", "newline": " ", "tiny": "", "Large": "",
-    "large": "", "huge": "", "Huge": "", "small": "", "color": "",
+    "checkmark": "", "large": "", "huge": "", "Huge": "", "small": "", "color": "",
     **dict.fromkeys(("left", "right", "middle", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl",
                      "biggr", "Biggl", "Biggr", "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "rm",
                      "bf", "it", "cal", "sf", "tt", "bfseries", "itshape"), ""),
@@ -66,7 +68,8 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)\s*")
 _NAMES = ("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg pi theta alpha beta gamma omega "
           "infty exp min max gcd lcm").split()  # fmt: skip
 # (?<![\\A-Za-z]) keeps commands, and words that only contain the name.
-_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*_NAMES, "infinity", "inf"]) + r")(?![A-Za-z])")
+_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*_NAMES, "infinity", "inf"]) +
+                        r")(?![A-Za-z])(?:(?<!min)(?<!sec)|(?=\s*[({\\A-Za-z0-9]))")  # 30 min is a time
 _ROOT = re.compile(r"(?:(?<![\\A-Za-z])|\\)(sqrt|cbrt)\s*(?=[(0-9A-Za-z{\[\\])|([√∛∜])\s*")
 _ATOM = re.compile(r"[0-9]+(?:\.[0-9]+)?|\\[A-Za-z]+|[A-Za-z]")
 _ESCAPED = re.compile(r"\\\\(?=(?:boxed|[dtc]?frac|sqrt|text|math[a-z]+|pi|left|right|cdot|times|circ|angle)\b)")
@@ -81,36 +84,46 @@ _MARKUP = _compiled(  # of Markdown, HTML and LaTeX's layout
     (r"\\n(?![A-Za-z])|\\n(?=[A-Z])(?!Rightarrow|Leftarrow)", " "),  # a line break that was escaped twice
     (r"(?i)<sup>([^<>]*)</sup>", r"^{\1}"), (r"(?i)<(b|i|u|em|strong|code|span|p|mark)>([^<>]*)</\1>", r"\2"),
     (r"(?i)<br\s*/?>|&nbsp;", " "), (r"(?<=[\w)}])\*\*(?=[\w({\-])", "^"), (r"\*\*|__|`+|\\[()\[\]]", " "),
+    (r"\\(?:color|hspace\*?|vspace\*?|tag\*?|label|textcolor)\s*\{[^{}]*\}", " "),
     (r"\\\\\s*(?=\\end)", " "), (r"\{,\}", ","), (r"(?<!\\)\\[,;:!>/ ]|~|\\+$", " "),
     (r">\s?=", r"\\ge "), (r"<\s?=", r"\\le "), (r"!=", r"\\ne "),
     (r"\\%", "%"), (r"\\\$", "＄"), (r"\\([&#_])", r"\1"),
 )  # fmt: skip
+_LETTER = r"(?:(?<=\s)[A-Za-z]|\\(?:pi|alpha|beta|theta)(?![A-Za-z]))"
 _SHAPES = _compiled(
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\circ(?![A-Za-z])", r"^\\circ "), (r"\^\s*\^\\circ", r"^\\circ"),
     (r"\{\s*\}", ""), (r"(?<=[0-9])\s+\.\s+(?=[0-9])", "."),
-    (r"\\(frac|binom)\s*([0-9])\s*([0-9])", r"\\\1{\2}{\3}"), (r"\\(frac|binom)\s*([0-9A-Za-z])\s*\{", r"\\\1{\2}{"),
+    (rf"\\(frac|binom)\s*([0-9]|{_LETTER})\s*([0-9]|{_LETTER})", r"\\\1{\2}{\3}"),
+    (rf"\\(frac|binom)\s*({_LETTER})\s*\{{", r"\\\1{\2}{"), (r"\\(frac|binom)\s*([0-9A-Za-z])\s*\{", r"\\\1{\2}{"),
     (r"\\(frac|binom)\s*(\{[^{}]*\})\s*([0-9A-Za-z])", r"\\\1\2{\3}"), (r"\\frac\s*\{", r"\\frac{"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}"),
     (r"\^\s*\(\s*([-+]?[0-9]+(?:/[0-9]+)?)\s*\)", r"^{\1}"), (r"\^\s*([-+]?[0-9]+)(?![0-9.])", r"^{\1}"),
     (r"\^\s*\{\s*([^{}]*?)\s*\}", r"^{\1}"), (r"\\exp\s*\(([^()]*)\)", r"e^{\1}"), (r"\+\s*-(?=\s*[0-9])", "-"),
+    (r"(?i)(?<![a-z])(?:negative|minus)\s+(?=[0-9\\])", "-"),
 )  # fmt: skip
+_LAYOUT = re.compile(r"(?:\\left\s*)?(?:\\\{\s*)?\\begin\{(cases|array|aligned|align\*?|equation\*?|split|gathered)\}"
+                     r"(?:\{[lcr|]+\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}(?:\s*\\right\s*\.)?", re.DOTALL)
+_PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|[A-Z]")
 _LEAD = re.compile(r"(?:[#•✅✔☑\s]+|\*\s+|-\s+(?=[A-Za-z]{2}))+")
 _QUOTES = (("*", "*"), ("_", "_"), ('"', '"'), ("'", "'"), ("$", "$"))
 
 
+@functools.lru_cache(8192)
 def normalise(text: str) -> str:
     r"""The text in one spelling.
 
     As in: "√3/2" and `\dfrac{\sqrt3}{2}` -> `\sqrt{3}/2` and `\frac{\sqrt{3}}{2}`; "３．５ ㎝" -> "3.5 cm"; "x²" ->
     "x^{2}"; "65°" -> `65^\circ`; `$\text{(B)}$` -> "(B)".
     """
+    if _PLAIN.fullmatch(text):
+        return text  # most answers
     for run, mark, table in _RUNS:
         text = run.sub(functools.partial(_raised, mark, table), text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     if r"\begin" not in text:  # in a matrix, \\ ends a row
         text = _ESCAPED.sub(r"\\", text)
-    text = unwrap(text, FONTS)
+    text = unwrap(_LAYOUT.sub(_rows, text) if r"\begin" in text else text, FONTS)
     for pattern, new in _MARKUP:
         text = pattern.sub(new, text)
     # Paired signs are fences. A single one is a currency.
@@ -128,11 +141,17 @@ def strip_outside(text: str) -> str:
     """The text without list marks and quotes around it, and without punctuation after it."""
     if lead := _LEAD.match(text):
         text = text[lead.end() :]
-    text = text.strip().rstrip(".,;: \\").lstrip(",;: ")
+    text = text.strip().rstrip(".,;: \\✓✔✅").lstrip(",;: ")
     for left, right in _QUOTES:
         if len(text) > 2 and text[0] == left and text[-1] == right and left not in text[1:-1]:
             return strip_outside(text[1:-1])
     return text
+
+
+def _rows(match: re.Match[str]) -> str:
+    """The rows of a system of equations as a list, those of a calculation as one line."""
+    rows = [row.replace("&", " ").strip(" ,;.") for row in re.split(r"\\\\", match[2])]
+    return (", " if match[1] in ("cases", "array") else " ").join(filter(None, rows))
 
 
 def unwrap(text: str, commands: Collection[str]) -> str:
@@ -156,7 +175,10 @@ def _raised(mark: str, table: dict[int, str], match: re.Match[str]) -> str:
 
 
 def _alias(match: re.Match[str]) -> str:
-    return _ALIASES.get(match[1], match[0])
+    if (new := _ALIASES.get(match[1])) is None:
+        return match[0]
+    after = match.string[match.end() : match.end() + 1]
+    return new + " " if new.startswith("\\") and after.isalpha() else new
 
 
 def _roots(text: str) -> str:
@@ -173,7 +195,7 @@ def _roots(text: str) -> str:
             end, inside = atom.end(), atom[0]
         else:
             end, inside = start, ""
-        pieces.append(text[at : match.start()] + rf"\sqrt{index}" + (f"{{{inside}}}" if inside else ""))
+        pieces.append(text[at : match.start()] + rf"\sqrt{index}" + (f"{{{_roots(inside)}}}" if inside else ""))
         at = end
     return "".join(pieces) + text[at:]
 

@@ -11,20 +11,21 @@ from nanolmmr1.reward.answer_size import MAX_DEPTH
 from nanolmmr1.reward.normal import closing, strip_outside
 from nanolmmr1.reward.values import read_value
 
-_COMMANDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+COMMANDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{3}|[A-Za-z]{2}\s+[A-Za-z]{2}|[\u3040-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2}")
 _WORD = re.compile(r"(?:[A-Za-z'\-]{3,}|is|of|to|in|so|we|as|at|by|it|be|an|if|my|on|no|do)[.,;:!?]*")
 _TOKEN = re.compile(r"(\\begin\{|[(\[{]|\\\{)|(\\end\{|[)\]}]|\\\})|"
                     r"(\s*(?:\\cup(?![A-Za-z])|,(?:\s*(?:and|or)\b)?|;|\b(?:and|or)\b|[和或与及])\s*)")  # fmt: skip
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-_LOOSE = re.compile(r",\s|;|\b(?:and|or)\b")
+_LOOSE = re.compile(r",\s|;|,0[0-9]{2}|\b(?:and|or)\b")
 _NUMBERED = re.compile(r"(?:(?<=[\s,;])|^)(?:\(([1-9])\)|([1-9])\)|Part\s+([1-9])\s*[:.)])\s*[,;:.]?\s*")
-_ABOUT = re.compile(r"(?:\\approx|\\sim|≈|~|=|"
+_ABOUT = re.compile(r"(?:\\(?:approx|sim|Rightarrow|implies|therefore|rightarrow|to)(?![A-Za-z])|=>|[≈~∴=]|"
                     r"\b(?:about|approximately|approx\.?|roughly|around|nearly|almost|equals)\b|"
                     r"约[为是]?|大约|(?:一|总)?共有?(?=\s*[0-9])|近似[为于]?|"
                     r"\+(?=\s*\\?[0-9A-Za-z]))\s*")  # fmt: skip
 _NAME = re.compile(r"(?:m\s*)?(?:\\(?:angle|triangle|overline|widehat|vec|text)\s*\{?\s*[A-Za-z]{1,4}\s*\}?|"
-                   r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,24}\}?|'{1,2})?(?:\s*\([A-Za-z](?:,\s?[A-Za-z]){0,3}\))?|"
+                   r"\\?[A-Za-z]+(?:\s*_\s*\{?[\\\w ]{1,24}\}?|'{1,2})?"
+                   r"(?:\s*\([A-Za-z0-9]{1,3}(?:,\s?[A-Za-z0-9]{1,3}){0,3}\))?|"
                    r"\([A-Za-z](?:,\s?[A-Za-z]){1,3}\)|[A-Za-z][A-Za-z ]{0,39})")  # fmt: skip
 _IN = re.compile(rf"({_NAME.pattern})\s*\\in(?![A-Za-z])\s*")
 _NAMES_AGAIN = re.compile(r"=|\\in(?![A-Za-z])")
@@ -35,6 +36,16 @@ _BUILDER = re.compile(r"\\?\{\s*\\?[A-Za-z]+\s*"
 _REMARK = re.compile(r"(.*\S)\s+\(([^()]*)\)")  # 12 (people)
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all\s+)?real(?:\s+numbers?)?|all\s+reals|全体实数|"
                     r"\(-\\infty\s*,\s*\+?\\infty\s*\)")
+# Words that make a number something else than the answer.
+_HEDGE = re.compile(r"\b(?:not|never|cannot|neither|nor|wrong|incorrect|false|impossible|least|most|otherwise|maybe|"
+                    r"perhaps|alternatively|up\s+to|between|half\s+of|twice|double|squared|cubed|"
+                    r"(?:more|less|fewer|greater|larger|smaller|other)\s+than|or\s+(?:more|less|fewer|something))\b|n't\b",
+                    re.IGNORECASE)  # fmt: skip
+_AFTERTHOUGHT = re.compile(r",?\s+(?:and\s+)?not\s+[^\s,]+$")  # 5, not 6
+_EMPTY = re.compile(r"\\emptyset|(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?solutions?|"
+                    r"(?:the\s+)?empty\s+set|无(?:实数)?解",
+                    re.IGNORECASE)  # fmt: skip
+_MARKS = re.compile(r"(?:\([1-9]\)[\s,和]*){2,9}")  # of numbered statements
 _INDEX = re.compile(r"([_^])\{(\w)\}")
 CJK = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
 
@@ -57,8 +68,13 @@ def tree(text: str, prose: bool) -> Tree:
         text = strip_outside(text[about.end() :])
     if (remark := _REMARK.fullmatch(text)) and is_prose(remark[2]) and read_value(remark[1]):
         return remark[1]
-    if read_value(text) or _depth(text) > MAX_DEPTH:
+    named = text.count("=") == 1 and split_name(text)
+    if read_value(text) or (named and named[0] and read_value(named[1])) or _depth(text) > MAX_DEPTH:
         return text
+    if _EMPTY.fullmatch(text):
+        return Node("list", ())
+    if _MARKS.fullmatch(text):
+        return Node("list", tuple(dict.fromkeys(re.findall("[1-9]", text))))
     if _REALS.fullmatch(text):
         return Node("()", (r"-\infty", r"\infty"))
     if _LOOSE.search(text):
@@ -69,7 +85,8 @@ def tree(text: str, prose: bool) -> Tree:
     if len(items) > 1 and all(_is_part(item, prose) for item in items):
         return _listed(items, prose)
     if not prose and is_prose(text):
-        formula = _last_formula(text)
+        text = _AFTERTHOUGHT.sub("", text)
+        formula = "" if _HEDGE.search(text.rpartition(". ")[2]) else _last_formula(text)
         return tree(formula, True) if formula else text
     return _bracketed(text, prose)
 
@@ -78,8 +95,6 @@ def _bracketed(text: str, prose: bool) -> Tree:
     """The parts of a text that no separator divides: a set, a tuple, an interval, an inequality, or one leaf."""
     if builder := _BUILDER.fullmatch(text):
         return tree(builder[1], prose)
-    if text == r"\emptyset":
-        return Node("list", ())
     name, _, rest = text.partition("=")
     if member := _IN.match(text):
         name, rest = member[1], text[member.end() :]
@@ -113,7 +128,10 @@ def _depth(text: str) -> int:
 
 def _listed(items: list[str], prose: bool) -> Tree:
     """A list of parts, each once."""
-    parts = tuple(dict.fromkeys(tree(item, prose) for item in items))
+    trees = [tree(item, prose) for item in items]
+    both = [each.items if isinstance(each, Node) and each.kind == "list" and r"\pm" in item else (each,)
+            for item, each in zip(items, trees, strict=True)]  # fmt: skip
+    parts = tuple(dict.fromkeys(part for each in both for part in each))
     if len(parts) == 1 and len(items) > 1:
         return parts[0]
     return Node("list", parts)
@@ -126,7 +144,7 @@ def _interval(text: str) -> Node | None:
         return None
     if len(pieces) == 3 and not _VARIABLE.fullmatch(pieces[0]):
         pieces = [pieces[2], {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[pieces[1]], pieces[0]]
-    if len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0]) and not re.search("[a-z]", _COMMANDS.sub("", pieces[2])):
+    if len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0]) and not re.search("[a-z]", COMMANDS.sub("", pieces[2])):
         closed = pieces[1].startswith("\\")
         if pieces[1] in ("<", r"\le"):
             return Node("(" + ")]"[closed], (r"-\infty", pieces[2]))
@@ -200,17 +218,24 @@ def split_name(text: str) -> tuple[str, str]:
     left, right = left.strip().rstrip(":"), right.strip()
     if left and right and _NAME.fullmatch(left):
         return left, right
-    if left and right and not re.search("[A-Za-z]", _COMMANDS.sub("", left)):
+    if left and right and _NAME.fullmatch(right) and not re.search("[A-Za-z]", COMMANDS.sub("", left)):
+        return right, left  # 12 = x
+    if left and right and not re.search("[A-Za-z]", COMMANDS.sub("", left)):
         return "", right
     return "", text
 
 
 def is_prose(text: str) -> bool:
     """Whether a normalised text has words that are no mathematics."""
-    return _PROSE.search(_COMMANDS.sub(" ", text)) is not None
+    return _PROSE.search(COMMANDS.sub(" ", text)) is not None
 
 
 def as_text(text: str) -> str:
     """A text for comparison as words. An exclamation mark behind a number or a letter of mathematics stays: 3! is 6."""
-    text = _INDEX.sub(r"\1\2", "".join(text.split()).casefold().strip(".,;:?'\"`"))
+    if text.isdecimal():
+        return text
+    text = re.sub(r"\b([ap])\.m\b\.?", r"\1m", text.casefold())
+    text = re.sub(r"^(?:a|an|the)\s+", "", text) if is_prose(text) else text
+    text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "_", text)  # 3 1/2 is not 31/2
+    text = _INDEX.sub(r"\1\2", "".join(text.split()).strip(".,;:?'\"`"))
     return text.rstrip("!") if is_prose(text) else text

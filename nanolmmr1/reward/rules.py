@@ -14,14 +14,15 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from nanolmmr1.reward.answer_size import too_large
-from nanolmmr1.reward.choice import chosen_letters, gold_letters, option_values
-from nanolmmr1.reward.parts import CJK, Tree, as_point, as_text, is_prose, only_part, split_name, tree
+from nanolmmr1.reward.choice import LETTERS, chosen_letters, gold_letters, option_values
+from nanolmmr1.reward.normal import normalise
+from nanolmmr1.reward.parts import CJK, COMMANDS, Tree, as_point, as_text, is_prose, only_part, split_name, tree
 from nanolmmr1.reward.values import equal_values, read_value, split_unit
 
 REASONS = ("parsed", "letter", "value", "text", "unread", "deadline")
 MOST_WORDS = 12  # of a gold answer that only the same text equals
 
-_RATIO = re.compile(r"([0-9.]+)\s*:\s*([0-9.]+)(?:\s*:\s*([0-9.]+))?(?:\s*:\s*([0-9.]+))?")
+_RATIO = re.compile(r"([0-9.]+)" + 3 * r"(?:\s*(?::|to|比)\s*([0-9.]+))?")
 _SIDE_BY_SIDE = re.compile(r"[0-9]\s+[0-9]|\([0-9]+\)\s*[0-9]")  # math_verify adds them: 1 20 is 21
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*\{?\s*[0-9]+\s*\}?")  # 110_2
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -71,7 +72,8 @@ def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | N
             return _decide_letters(answer, *letters, options, equal)
         verdict = _Comparison(equal).verdict(answer, gold)
         chosen = chosen_letters(answer) if options and not verdict.score else ""
-        if value := option_values(options).get(chosen):
+        said = gold_letters(answer) if chosen else None  # the text behind a letter counts more than the letter
+        if value := said[1] if said and said[1] else option_values(options).get(chosen):
             verdict = max(verdict, _Comparison(equal).verdict(value, gold), key=lambda each: each.score)
         return verdict
     except Undecided:  # parts are no larger than the whole
@@ -79,12 +81,19 @@ def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | N
 
 
 def _decide_letters(answer: str, letters: str, text: str, options: Sequence[str], equal: Equal | None) -> Verdict:
+    texts = zip(LETTERS, map(normalise, options[: len(LETTERS)]), strict=False)
+    same = [letter for letter, option in texts if as_text(option) == as_text(answer)]
+    if len(same) == 1 and len(letters) == 1 and len(answer) > 1:
+        return Verdict(float(same[0] == letters), "letter")  # AB may be an option, too
     chosen, values = chosen_letters(answer), option_values(options)
     if chosen or len(letters) > 1:
         said = gold_letters(answer)  # with text, as in (B) 12; the text of another option contradicts its letter
-        others = [as_text(value) for letter, value in values.items() if letter != letters]
-        contradiction = said and said[1] and as_text(said[1]) in others
-        return Verdict(float(chosen == letters and not contradiction), "letter")
+        own, comparison = text or values.get(letters, ""), _Comparison(equal)
+        right = chosen == letters
+        if right and said and said[1] and not (own and comparison.verdict(said[1], own).score):
+            others = [value for letter, value in values.items() if letter != letters]
+            right = not any(comparison.verdict(said[1], other).score for other in others)
+        return Verdict(float(right), "letter")
     wanted = text or values.get(letters, "")
     if not wanted:
         return Verdict(0.0, "letter")
@@ -113,6 +122,8 @@ class _Comparison:
         if isinstance(answer, str) or isinstance(gold, str):
             self.reason = "value"
             return False
+        if gold.kind == answer.kind == "list" and (point := as_point(gold.items)) and not as_point(answer.items):
+            gold, answer = point, answer._replace(kind=point.kind)  # for x = 2, y = 3 the answer 2, 3 is in order
         if {answer.kind, gold.kind} <= {"list", "ordered"} and {answer.kind, gold.kind} != {"ordered"}:
             return self.match_sets(list(answer.items), list(gold.items))
         if answer.kind == "list" and (point := as_point(answer.items)):
@@ -137,6 +148,14 @@ class _Comparison:
 
     def match_leaves(self, answer: str, gold: str) -> bool:
         (name, answer_side), (gold_name, gold_side) = split_name(answer), split_name(gold)
+        if "=" in answer and "=" not in gold and not name:
+            left, *_, right = (side.strip() for side in answer.split("="))
+            variables = set(re.findall("[A-Za-z]", COMMANDS.sub("", left)))
+            if len(variables) == 1:  # 2x = 5 is an equation to solve, not the value 5
+                self.reason = "value"
+                return False
+            # 1 + 1 = 3 is no answer; of x + y = 5, the right side is.
+            return self.match_leaves(right, gold) and (bool(variables) or self.match_leaves(left, gold))
         if bool(name or "=" not in answer) and bool(gold_name or "=" not in gold):
             if name and gold_name and as_text(name) != as_text(gold_name):
                 return self.match_expressions(answer, gold)  # y = 2x is x = y/2
@@ -170,12 +189,12 @@ class _Comparison:
 
 
 def _ratio(text: str) -> list[Fraction]:
-    match = _RATIO.fullmatch(text)
+    match = _RATIO.fullmatch(text.rpartition("=")[2].strip())
     try:
         numbers = [Fraction(each) for each in match.groups() if each] if match else []
     except ValueError:  # as in 1.2.3
         return []
-    return numbers if all(numbers) else []
+    return numbers if all(numbers) and len(numbers) > 1 else []
 
 
 def _same_angles(answer: str, gold: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@ r"""Numbers with units, read exactly from normalised text: 12 cm^{2}, 3 1/2, 1.2
 Next: algebra.py, equality of expressions.
 """
 
+import functools
 import re
 from collections import Counter
 from fractions import Fraction
@@ -23,30 +24,41 @@ _NUMBER = re.compile(_SIGN + _CURRENCY + _SIGN + "(?:" + "|".join((
     r"10\s*\^\{(?P<ten>[-+]?[0-9]+)\}",
     rf"(?P<decimal>{_DECIMAL})(?:{_POWER})?",
 )) + ")")  # fmt: skip
-_FACTOR = re.compile(r"\s*([/·*]|\\cdot|\\times|per\b)?\s*(?:(square|sq\.?|cubic|平方|立方)\s*)?"
-                     r"([A-Za-zµ]+\.?|\\mu\s*[A-Za-z]|\^\\circ(?:\s*[CF](?![A-Za-z]))?|[%＄¥€£]|[\u4e00-\u9fff]+?(?=平方|立方|[^\u4e00-\u9fff]|\Z))"
+# Between the pieces of 2 hours 30 minutes.
+_PIECE = re.compile(r"(?:(?<=[A-Za-z])(?:\s*,)?\s+(?:and\s+)?|(?<=[\u4e00-\u9fff])\s*)(?=[0-9])")
+_FACTOR = re.compile(r"\s*([/·*]|\\cdot|\\times|per\b)?\s*((?:square|sq\.?|cubic)\s+|平方|立方)?"
+                     r"([A-Za-zµ]+\.?|\\mu\s*[A-Za-z]|\^\\circ(?:\s*[CF](?![A-Za-z]))?|[%＄¥€£]|"
+                     r"[\u4e00-\u9fff]+?(?=平方|立方|[^\u4e00-\u9fff]|\Z))"
                      r"\s*(?:\^\{\s*(-?[0-9])\s*\})?\s*(squared|cubed)?")  # fmt: skip
 _MOST_FACTORS = 6
 _WRITTEN_POWER = {"square": 2, "sq": 2, "平方": 2, "squared": 2, "cubic": 3, "立方": 3, "cubed": 3}
 # base unit: {factor: names}. A unit that is not here is its own base.
 _BASES: dict[str, dict[str, str]] = {
-    "": {"1": "unit of the about approximately total 单位", "1000": "thousand 千", "10000": "万",
-         "1000000": "million 百万", "100000000": "亿", "1000000000": "billion"},
+    "": {"1": "unit of the about approximately total 单位", "12": "dozen", "100": "hundred 百",
+         "1000": "thousand 千", "10000": "万", "1000000": "million 百万", "100000000": "亿", "1000000000": "billion"},
     "m": {"1": "m meter metre 米", "1/1000": "mm millimeter millimetre 毫米", "1/100": "cm centimeter centimetre 厘米",
           "1/10": "dm decimeter decimetre 分米", "1000": "km kilometer kilometre 千米 公里"},
     "inch": {"1": "in inch inches", "12": "ft foot feet", "36": "yd yard", "63360": "mi mile"},
     "g": {"1": "g gram gramme 克", "1/1000": "mg milligram 毫克", "1000": "kg kilogram kilo 千克 公斤",
           "1000000": "t ton tonne 吨"},
     "s": {"1": "s sec second 秒", "60": "min minute mins 分钟", "3600": "h hr hour hrs 小时 时", "86400": "day 天",
-          "1/1000": "ms millisecond 毫秒"},
+          "604800": "week", "1/1000": "ms millisecond 毫秒"},
     "l": {"1": "l L liter litre 升", "1/1000": "ml mL milliliter millilitre 毫升"},
     "degree": {"1": r"^\circ deg degree 度"}, "celsius": {"1": "^\\circC"}, "fahrenheit": {"1": "^\\circF"},
     "dollar": {"1": "＄ $ dollar usd 美元", "1/100": "cent ¢"}, "yuan": {"1": "¥ yuan rmb cny 元 块"},
-    "euro": {"1": "€ euro eur"}, "pound": {"1": "£ gbp"}, "%": {"1": "% percent pct percentage 百分"},
+    "euro": {"1": "€ euro eur"}, "£": {"1": "£ gbp"}, "pound": {"1": "pound lb"},
+    "n": {"1": "N newton"}, "j": {"1": "J joule"}, "w": {"1": "W watt"}, "v": {"1": "V volt"}, "pa": {"1": "Pa pascal"},
+    "%": {"1": "% percent pct percentage 百分"},
 }  # fmt: skip
 UNITS = {name: (base, Fraction(factor)) for base, names in _BASES.items() for factor, each in names.items()
          for name in each.split()}  # fmt: skip
-_NO_UNITS = set("or and but not is x y z i e n k a b p q r th st nd rd to than from plus minus times".split())
+# Words behind a number that change it, or are no unit.
+_NO_UNITS = set("or and but not is x y z i e n k a b p q r th st nd rd to than from plus minus times least most at "
+                "maybe perhaps possibly wrong incorrect if unless except squared cubed factorial halves divided below "
+                "above over under".split())  # fmt: skip
+
+
+_SILENT = re.compile(r"\\(?!sin|cos|tan|ln|log)[A-Za-z]+")  # commands that are no function of a variable
 
 
 class Value(NamedTuple):
@@ -62,11 +74,14 @@ class Value(NamedTuple):
         return self.unit == (("%", 1),)
 
 
+@functools.lru_cache(8192)
 def read_value(text: str) -> Value | None:
     """A normalised text that is one number, perhaps with a unit or words behind it; None if it is anything else."""
     match = _NUMBER.match(text)
     if not match or match.end() > MAX_NUMBER:
         return None
+    if len(pieces := _PIECE.split(text, maxsplit=3)) > 1:
+        return _sum([read_value(piece) for piece in pieces])
     number = _number(match)
     unit = _unit(text[match.end() :])
     if number is None or unit is None:
@@ -78,6 +93,15 @@ def read_value(text: str) -> Value | None:
         unit.powers[base], unit.scale = 1, unit.scale * (1 if unit.powers[base] else scale)
     digits = sum(c in "0123456789" for c in match[0].lstrip("-+0. "))
     return Value(number, unit.scale, tuple(sorted(unit.powers.items())), digits)
+
+
+def _sum(values: list[Value | None]) -> Value | None:
+    """2 hours 30 minutes as 150 minutes."""
+    known = [value for value in values if value and value.unit and value.unit[0][0] in _BASES]
+    last = known[-1] if known else None
+    if last is None or len(known) < len(values) or any(value.unit != last.unit for value in known):
+        return None
+    return last._replace(number=sum((value.number * value.scale for value in known), Fraction(0)) / last.scale)
 
 
 def equal_values(answer: Value, gold: Value) -> bool:
@@ -92,16 +116,22 @@ def equal_values(answer: Value, gold: Value) -> bool:
         return False
     both = bool(answer.unit and gold.unit)
     a, b = (value.number * (value.scale if both else 1) for value in (answer, gold))
-    noisy = max(answer.digits, gold.digits) >= NOISE_DIGITS
+    noisy = max(answer.digits, gold.digits) >= NOISE_DIGITS and max(a.denominator, b.denominator) > 1
     return a == b or (noisy and abs(a - b) <= NOISE * abs(b))
 
 
-def split_unit(text: str) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """An expression and the known unit behind it: 25\\pi cm^{2} -> 25\\pi, ((m, 2),)."""
-    for at in (match.start() for match in re.finditer(r"\s(?=\s*[^\W\d_])", text)):
+def split_unit(text: str) -> tuple[str, tuple[object, ...]]:
+    """An expression and the known unit behind it: 25\\pi cm^{2} -> 25\\pi, (m, 2) and its scale.
+
+    A single letter is a unit only if it is m behind an expression without variables: of \\pi r^{2} h, h is none.
+    """
+    for match in re.finditer(r"\s(?=\s*([^\W\d_]+))", text):
+        at, letter = match.start(), match[1] if len(match[1]) == 1 and match[1].isascii() else ""
+        if letter and (letter != "m" or re.search("[A-Za-z]", _SILENT.sub("", text[:at]))):
+            continue
         unit = _unit(text[at:])
         if unit and unit.powers and set(unit.powers) <= _BASES.keys():
-            return text[:at], tuple(sorted(unit.powers.items()))
+            return text[:at], (*sorted(unit.powers.items()), unit.scale)
     return text, ()
 
 
@@ -160,7 +190,7 @@ def _unit(text: str) -> _Unit | None:
         if unknown or name in _NO_UNITS:
             return None
         divides = divides or operator in ("/", "per")
-        exponent = int(power or _WRITTEN_POWER.get((before or after or "").rstrip("."), 1))
+        exponent = int(power or _WRITTEN_POWER.get((before or after or "").strip(" ."), 1))
         unit.add(name, -exponent if divides else exponent)
         at, glued = match.end(), False
     return None if text[at:].strip(" .,") else unit
