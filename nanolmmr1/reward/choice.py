@@ -22,6 +22,7 @@ _MARK = re.compile(r"(?:(?<=[\s,;.])|^)[(\[]?([A-J])(?:[)\]]|[.:](?=\s))")
 _IN_PROSE = re.compile(r"(?:\b(?:option|choice|answer|select|choose|pick)(?:\s+(?:is|option|choice))?|选项?)\s*:?\s*"
                        r"[(\[]?([A-J])\b(?!['’])"
                        r"(?!\)?\s*(?:or\b|and\b|[,/&])\s*[(\[]?[A-J]\b)", re.IGNORECASE)  # fmt: skip
+_AT_END = re.compile(r"\s(?:is|be)\s+[(\[]?([A-J])[)\]]?$")
 _LIST = re.compile(r"(?:^|(?<=[\s,;])|(?<=[0-9\u4e00-\u9fff])(?=[(\[]))[(\[]?([A-J])\s*[)\].:、][ \t]*")
 
 
@@ -63,6 +64,7 @@ def chosen_letters(answer: str) -> str:
         return "" if denied or _several_marks(answer, match[1]) else match[1]
     said = [match for match in _IN_PROSE.finditer(answer)
             if not _DENIED.match(answer, match.end(1)) and not _DENIES.search(answer[: match.start()])]  # fmt: skip
+    said += filter(None, [_AT_END.search(answer)])
     return said[-1][1].upper() if said else ""
 
 
