@@ -47,6 +47,8 @@ Files = Annotated[
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(read_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(read_number)]
 Seconds = Annotated[float, Field(gt=0, le=10**8, allow_inf_nan=False), BeforeValidator(read_number)]
+Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(read_number)]
+Band = Annotated[list[Finite], Field(min_length=2, max_length=2)]  # lowest and highest value
 # A larger integer is a mistake, and might fill the memory.
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
@@ -120,6 +122,8 @@ class Phase(Section):
     """One stretch of training: its rows, its length, its objective."""
 
     data: Files = key("", "file, folder, hub id, `path@split`, or a list of them")
+    data_filter: dict[Text, Band] = key(
+        {}, "numeric column -> [low, high]: rows outside, or without a number there, are dropped and counted")
     captions: bool = key(False, "put each row's caption before its images")
     steps: Annotated[int, Field(gt=0, le=10**9)] = key(100, "training steps, one rollout batch each")
     prompts_per_step: Annotated[int, Field(gt=0, le=1 << 20)] = key(64, "prompts per step")
@@ -248,6 +252,22 @@ class Evaluate(Section):
     max_prompt_tokens: Tokens | None = key(None, "none: the largest of the phases")
 
 
+class Caption(Section):
+    """How `python -m nanolmmr1.caption` describes pictures. It does not change a run."""
+
+    template: Text = key(
+        "Describe this picture of a mathematics problem so exactly that somebody who cannot see it could draw it. "
+        "Name every object and where it is; copy all labels, numbers, units, formulas, texts and table entries as they "
+        "are written; say which points, lines, angles, sides and areas belong together, what is marked as equal, "
+        "parallel or perpendicular, and for graphs the axes, scales and points that can be read. Write only what is "
+        "visible: do not calculate, do not draw conclusions, do not solve anything.",
+        "instruction below each picture")
+    by_kind: dict[Text, Text] = key({}, "kind of a row -> its template; other kinds have the one above")
+    kind_column: Text = key("", "the data's column with the kind of a row, such as category")
+    max_tokens: Tokens = key(512, "of a caption; longer ones are cut off and counted")
+    first_temperature: Number = key(0.0, "temperature of a picture's first caption; 0: greedy")
+
+
 class Recipe(Section):
     name: Text = key("", "run name; empty: the recipe's file name")
     model: Text = key("", "hub id or folder of a Qwen2.5-VL")
@@ -267,6 +287,7 @@ class Recipe(Section):
     pack: Pack = Pack()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    caption: Caption = Caption()
     dist: Dist = Dist()
     plan: Plan = Plan()
     defaults: Phase = Phase()

@@ -62,7 +62,7 @@ SWIFT = dict(messages=[user("<image>How many?"), assistant("7")], images=["a.png
 
 @pytest.mark.parametrize("record, columns, expected", [
     (dict(question="Which? A. l B. r", answer="A", message=json.dumps(LMM_R1)), {},
-     ("<image>Which? A. l B. r", "A", ["a.png"])),
+     ("Which? A. l B. r<image>", "A", ["a.png"])),
     (dict(question="Which? A. l B. r", answer="A", message=json.dumps(LMM_R1)), dict(problem="question"),
      ("<image>Which? A. l B. r", "A", ["a.png"])),
     (dict(question="Which? A. l B. r", answer="A", message=json.dumps(LMM_R1)), dict(problem="message"),
@@ -148,6 +148,7 @@ def test_how_a_source_was_read_is_noted(tmp_path):
     name = str(tmp_path / "rows.jsonl")
     assert notes == [
         f"{name}: 3 of 4 rows read; 1 of 3 rows have pictures",
+        f"{name}: rows read as: verl (1)",
         f"{name}: problem from the chat in 'message' (1), 'problem' (1), the chat in 'prompt' (1), answer from "
         "'reward_model.ground_truth' (2), 'answer' (1)",
         f"{name}: 1 rows have a system turn, which was left out: prompt.system sets it",
@@ -246,10 +247,10 @@ def with_bytes(value):
 
 SOURCES = json.loads(SCHEMAS.read_text())["sources"] if SCHEMAS.is_file() else {}
 EXPECTED = {  # problem, answer, number of pictures, options
-    "mathvista": ("<image>Which bar is the tallest?", "blue", 1, ["red", "blue"]),
-    "mathvista_free_form": ("<image>How long is the rope?", "3.5", 1, []),
+    "mathvista": ("<image>Which bar is the tallest?\n(A) red\n(B) blue", "B", 1, ["red", "blue"]),
+    "mathvista_free_form": ("<image>How long is the rope? (Unit: m)", "3.5", 1, []),
     "mathverse": ("<image>A square has side 3. Find its area.\nChoices:\nA:6\nB:9\nC:12\nD:3", "B", 1, []),
-    "mathverse_vision_only": "no problem",
+    "mathverse_vision_only": ("<image>Reason about the question shown in the image, then the letter.", "B", 1, []),
     "mathvision": ("How many triangles are in the picture?\n<image>\n(A) 3\n(B) 4\n(C) 5\n(D) 6\n(E) 7", "C", 1,
                    ["3", "4", "5", "6", "7"]),
     "mathvision_free": ("<image>image 2 How much heavier is the left box (kg)?", "\\frac{3}{2}", 1, []),
@@ -257,7 +258,8 @@ EXPECTED = {  # problem, answer, number of pictures, options
     "mmstar": ("<image>What shape is shown?\nOptions: A: circle, B: square, C: star, D: line", "B", 1, []),
     "mmmu": ("<image> What is the total?\n(A) $1\n(B) $2\n(C) $3\n(D) $4", "C", 1, ["$1", "$2", "$3", "$4"]),
     "math500": ("Compute $1+\\frac12$.", "\\frac32", 0, []),
-    "gpqa": "no problem",
+    "gpqa": ("Invented question?\n(A) gamma\n(B) alpha\n(C) delta\n(D) beta", "B", 0,
+             ["gamma", "alpha", "delta", "beta"]),
     "gsm8k": ("Tom has 3 boxes of 4 pens. How many pens?", "He has 3*4=<<3*4=12>>12 pens.\n#### 12", 0, []),
     "wemath": ("<image>What is the area?\n(A) 6 cm\u00b2\n(B) 8 cm\u00b2\n(C) 10 cm\u00b2\n(D) 12 cm\u00b2\n"
                "(E) No correct answer", "B", 1,
@@ -270,13 +272,13 @@ EXPECTED = {  # problem, answer, number of pictures, options
     "deepscaler": ("Find the sum of the digits of 99.", "18", 0, []),
     "virl39k": ("<image>\nWhat is angle A in degrees?", "\\boxed{60}", 1, []),
     "virl39k_hub_copy": ("<image>Which? A. 1 B. 2", "\\boxed{B}", 1, []),
-    "lmm_r1_message_jsonl": ("<image>Which shape is larger? A. left B. right", "$\\boxed{A}$", 1, []),
+    "lmm_r1_message_jsonl": ("Which shape is larger? A. left B. right<image>", "$\\boxed{A}$", 1, []),
     "lmm_r1_text_jsonl": ("1+1=?", "$2$", 0, []),
     "lmm_r1_sokoban_jsonl": "no answer",
     "mm_eureka_jsonl": ("<image>Find x.", "12", 1, []),
-    "mathv360k": ("<image>\nHint: number.\nQuestion: How many?", "The answer is 7", 1, []),
+    "mathv360k": ("<image>\nHow many?", "The answer is 7", 1, []),
     "llava_conversations": ("<image><image>Which is larger? (A) first (B) second", "B", 2, []),
-    "verl_parquet": ("<image>Find x. INSTRUCTION SENTENCE", "12", 1, []),
+    "verl_parquet": ("<image>Find x.", "12", 1, []),
     "easyr1": ("<image>Find x.", "12", 1, []),
     "math_hendrycks": ("Compute $2^3$.", "$2^3=\\boxed{8}$.", 0, []),
 }

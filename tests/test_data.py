@@ -48,7 +48,7 @@ def row(problem="1+1?", answer="2", **more):
 
 
 def read(source, columns=None, **options):
-    return load_rows(source, columns, **options).rows
+    return list(load_rows(source, columns, **options).rows)
 
 
 def refusal(source, columns=None, **options):
@@ -157,7 +157,7 @@ def test_one_broken_picture_among_hundreds_is_found_at_load(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("a.jsonl", "", "holds no rows"), ("a.json", "[]", "holds no rows"), ("a.csv", "problem,answer", "is not read"),
+    ("a.jsonl", "", "holds no rows"), ("a.json", "[]", "holds no rows"), ("a.txt", "problem,answer", "is not read"),
     ("a.parquet", "nothing", "not readable parquet"), ("a.json", '[{"problem": "?"', "unreadable JSON"),
 ])
 def test_an_unusable_file_is_refused_by_name(tmp_path, name, text, words):
@@ -549,11 +549,11 @@ class Numbers:
 def test_rows_a_phase_cannot_train_on_are_dropped_and_counted():
     rows = [Row("one two", "1", caption="c"), Row("one two", "1"), Row("one two three four", "1", caption="c"),
             Row("one", "x", caption="c"), Row("one two", "1", caption="c d")]
-    kept, dropped, _, golds = select_rows(rows, Words(), True, 3, Numbers(), "phases.a")
-    assert kept == [(rows[0], (3, 8))] and golds == ["row : no number: x"]
+    kept, sizes, dropped, _, golds = select_rows(rows, Words(), True, 3, Numbers(), "phases.a")
+    assert (kept, sizes) == ([0], [(3, 8)]) and golds == ["row : no number: x"]
     assert dropped == {"no caption": 1, "prompt too long": 2, "no number": 1}
-    kept, dropped, *_ = select_rows(rows, Words(), False, 3, Numbers(), "phases.a")
-    assert kept == [(rows[i], (2, 8)) for i in (0, 1, 4)]
+    kept, sizes, dropped, *_ = select_rows(rows, Words(), False, 3, Numbers(), "phases.a")
+    assert (kept, sizes) == ([0, 1, 4], [(2, 8)] * 3)
     assert dropped == {"prompt too long": 1, "no number": 1}
 
 
@@ -565,8 +565,8 @@ def test_a_row_that_makes_no_prompt_is_dropped_and_the_first_are_told():
             return super().measure(row, captions)
 
     rows = [Row("one", "1", id=str(i) if i else "") for i in range(8)]
-    kept, dropped, unusable, _ = select_rows(rows, Picky(), False, 3, Numbers(), "phases.a")
-    assert [each for each, _ in kept] == rows[:1] and dropped == {"no prompt": 7}
+    kept, _, dropped, unusable, _ = select_rows(rows, Picky(), False, 3, Numbers(), "phases.a")
+    assert kept == [0] and dropped == {"no prompt": 7}
     assert unusable == [f"row {i}: too thin" for i in range(1, 6)]
     with pytest.raises(UserError, match="'no prompt': 7.*row 1: too thin"):
         select_rows(rows[1:], Picky(), False, 3, Numbers(), "phases.a")
@@ -621,9 +621,9 @@ def test_the_start_of_a_run_tells_what_was_read_and_dropped(tmp_path):
         f"{a}: dropped 1 bad rows (1 no answer); the first:",
         f"  {a}:2: no answer; the row's columns are problem, answer: fill it in, or name the right column with "
         "prompt.columns.answer=COLUMN",
-        "phases.p0: 2 of 4 rows; dropped: 1 no prompt, 1 gold is prose",
+        "phases.p0: 2 of 4 rows; dropped: 1 gold is prose, 1 no prompt",
         "  row thin: too thin", "  row a.jsonl:3: gold is prose: It is 2",
-        "evaluate.t: 2 of 4 rows; dropped: 1 no prompt, 1 gold is prose",
+        "evaluate.t: 2 of 4 rows; dropped: 1 gold is prose, 1 no prompt",
         "  row thin: too thin", "  row a.jsonl:3: gold is prose: It is 2", {"p0": 2}]
     assert start_up({}, dict(on_bad_row="stop"), a)[-1].startswith("1 bad rows (1 no answer); with data.on_bad_row=")
     b = write(tmp_path / "b.jsonl", row(id="thin"), row())

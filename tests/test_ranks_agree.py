@@ -105,7 +105,8 @@ def reading(folder):
 def test_hosts_with_different_rows_are_refused(tmp_path):
     for rank in range(2):
         (tmp_path / f"{rank}.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": str(2 + rank)}) + "\n")
-    assert run(2, reading, str(tmp_path)) == ["rows: the ranks read different rows; give all hosts the same files"] * 2
+    told = ["rows: the hosts read different rows; give all hosts the same files"] * 2
+    assert run(2, reading, str(tmp_path), hosts=2) == told
 
 
 def test_more_processes_than_gpus_are_refused_by_all_before_any_waits(monkeypatch):

@@ -2,7 +2,7 @@
 
 Names of columns that common data sets use are tried in a fixed order, unless `prompt.columns` names one.
 
-Next: chat.py, rows that are chats.
+Next: schemas.py, published layouts of rows.
 """
 
 import decimal
@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import re
-from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 from nanolmmr1.data import chat, images
+from nanolmmr1.data.archives import PictureFolder
 from nanolmmr1.data.images import MARKER, ImageItem
 from nanolmmr1.data.readers import BadRow, parsed, shown
+from nanolmmr1.data.schemas import Schema, without_instruction
 
 MAX_TEXT = 16 << 20  # characters of a problem, answer, caption or task
 MAX_ID = 200  # characters of an id, which appears in logs and messages
@@ -59,9 +60,11 @@ def _number(name: str) -> int | None:
 
 
 @functools.lru_cache(100)
-def _candidates(present: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+def _candidates(present: frozenset[str], columns: tuple[tuple[str, str], ...],
+                first: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
     """Our columns -> names to try in a record with these names. Most records of a source have the same ones."""
-    tried = {ours: (dict(columns)[ours],) if ours in dict(columns) else theirs for ours, theirs in COLUMNS.items()}
+    tried = {ours: (*(name for ours_too, name in first if ours_too == ours), *theirs)
+             for ours, theirs in COLUMNS.items()} | {ours: (name,) for ours, name in columns}
     return {ours: [name for name in theirs if name == NUMBERED or name in present or _head(name) in present]
             for ours, theirs in tried.items()}
 
@@ -76,12 +79,13 @@ class Fields:
     Args:
         columns: our column -> the data's, where the recipe names one.
         folder: where relative paths of pictures start.
+        schema: of the record.
     """
 
     names: dict[str, str]  # our column -> the data's, for those that the record has
 
-    def __init__(self, record: dict[str, Any], columns: dict[str, str], folder: Path | None) -> None:
-        self.record, self.columns, self.folder = record, columns, folder
+    def __init__(self, record: dict[str, Any], columns: dict[str, str], folder: PictureFolder, schema: Schema) -> None:
+        self.record, self.columns, self.folder, self.schema = record, columns, folder, schema
         self.has_pictures = False  # set by `pictures`, also if one of them is missing
         self.said: list[str] = []  # what was done to the row beyond reading it
         self.chats: dict[str, chat.Chat] = {}
@@ -89,8 +93,10 @@ class Fields:
         self.numbered = {number: name for name in record
                          if (number := _number(name)) is not None and images.is_picture(record[name])}
         self.names = {}
-        known = HEADS.union(columns.values(), map(_head, columns.values())) & record.keys()
-        for ours, theirs in _candidates(frozenset(known), tuple(columns.items())).items():
+        named = [*columns.values(), *schema.columns.values()]
+        known = HEADS.union(named, map(_head, named)) & record.keys()
+        tried = _candidates(frozenset(known), tuple(columns.items()), tuple(schema.columns.items()))
+        for ours, theirs in tried.items():
             if name := next((name for name in theirs if self._has(ours, name)), None):
                 self.names[ours] = name
         # The columns that the row is made of. Options stay among the others, for reward functions.
@@ -105,6 +111,8 @@ class Fields:
         value = get(self.record, name)
         if value is ABSENT or ours in self.columns:
             return value is not ABSENT
+        if self.schema.columns.get(ours) == name and not value:
+            return False
         if name in CHATS and ours in ("answer", "images"):
             read = self._probe(name, value)
             return bool(read and (read.answer if ours == "answer" else read.pictures))
@@ -157,14 +165,23 @@ class Fields:
         """The problem of a row that has `count` pictures, its markers not placed yet."""
         value, found = self._value("problem")
         if found is None:
-            return _text(value, "problem")
+            return self._plain(_text(value, "problem"))
         if found.has_system:
             self.said.append("have a system turn, which was left out: prompt.system sets it")
         if not count and found.problem != found.text:
             raise BadRow("picture missing", "the chat has a picture part, but neither it nor the row has the picture")
         # The text may have a marker for each picture in addition to the picture parts.
         in_text = found.text.count(MARKER) == count != found.problem.count(MARKER)
-        return _text(found.text if in_text else found.problem, "problem")
+        return self._plain(_text(found.text if in_text else found.problem, "problem"))
+
+    def _plain(self, problem: str) -> str:
+        """The problem without the instructions that its schema bakes in."""
+        plain = without_instruction(problem) if self.schema.instructed else problem
+        if plain.strip() and plain != problem:
+            self.said.append("had an instruction in their text, which was left out: prompt.template or prompt.system "
+                             "gives one")
+            return plain
+        return problem
 
     def pictures(self) -> dict[int, ImageItem]:
         """The row's pictures by the number that a numbered marker gives them.

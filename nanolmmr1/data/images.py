@@ -3,18 +3,19 @@
 A picture is a path or the bytes of an image file. Data writes it in many ways: a path, bytes, `{"bytes", "path"}`,
 `{"image_url": {"url"}}`, a data URI, base64, or a list of these. Pixels are decoded when they are needed.
 
-Next: readers.py, files, folders and hub data sets.
+Next: archives.py, where they are.
 """
 
 import base64
 import binascii
 import contextlib
+import functools
 import io
 import os
 import re
 import urllib.parse
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from reprlib import repr as brief
@@ -25,7 +26,9 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 from rich.progress import track
 
+from nanolmmr1.data.archives import PictureFolder
 from nanolmmr1.data.readers import MAX_RECORD, BadRow, parsed, reason, shown
+from nanolmmr1.data.store import ImageItem, Row
 
 MARKER = "<image>"
 MAX_IMAGE_PIXELS = 64_000_000
@@ -42,8 +45,6 @@ MARKERS = re.compile(r"<image>|<\|?image[ _-]?\d{1,3}\|?>", re.I)
 # Other spellings of a marker. Only rows whose count of them is that of their pictures use them.
 SPELLINGS = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?|<\|image\|>|<img>|<image>", re.I)
 warnings.filterwarnings("ignore", "Tag data larger|Corrupt EXIF|Metadata", module="PIL")  # one per image otherwise
-
-ImageItem = str | bytes  # an absolute path, or the bytes of an image file
 
 
 def find(value: Any, depth: int = 0) -> list[Any]:
@@ -70,7 +71,7 @@ def is_picture(value: Any) -> bool:
     return bool(re.match("data:image/", item, re.I) or SUFFIX.search(item[-8:]) or _is_base64(item))
 
 
-def is_here(value: Any, folder: Path | None) -> bool:
+def is_here(value: Any, folder: PictureFolder) -> bool:
     """Whether `is_picture`, and a path leads to a file."""
     if not is_picture(value):
         return False
@@ -81,10 +82,10 @@ def is_here(value: Any, folder: Path | None) -> bool:
     return isinstance(item, str) or bool(MAGIC.match(item))
 
 
-def locate(item: Any, folder: Path | None) -> ImageItem:
+def locate(item: Any, folder: PictureFolder) -> ImageItem:
     """The absolute path or the bytes of a picture that `find` returned.
 
-    A relative path must not lead out of `folder` as it is written. Links are followed: whoever owns the folder has
+    A relative path must not lead out of the folder as it is written. Links are followed: whoever owns the folder has
     put them there, and a data file cannot create one.
 
     Raises:
@@ -106,18 +107,21 @@ def locate(item: Any, folder: Path | None) -> ImageItem:
     elif web := re.match(r"[a-z][a-z0-9+.-]+://", item, re.I):
         raise BadRow("picture on the web", f"image {name}: pictures are not fetched from {web[0]}; download it and "
                      "give its path")
-    base = os.path.abspath(folder) if folder else ""
+    base = folder.path
     path = "" if "\0" in item else os.path.normpath(os.path.join(base, item))
     inside = os.path.isabs(item) or bool(base) and Path(path).is_relative_to(base)
     if _is_base64(item) and not (inside and os.path.isfile(path)):
         return _decoded(item, name)
     if not inside:
         raise BadRow("picture leads out of its folder", f"image {name} leads out of "
-                     f"{shown(folder or 'a hub data set, which has no folder')}; move it there, give its absolute "
+                     f"{shown(base or 'a hub data set, which has no folder')}; move it there, give its absolute "
                      "path, or name the folder of the images with data.image_dir")
+    if not os.path.isfile(path) and (found := folder.find(item)) is not None:
+        return found
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_RECORD:
         raise BadRow("picture missing", f"image {name} is missing, or no file of up to {MAX_RECORD:,} bytes; relative "
-                     "paths start at the folder of the data file, or at data.image_dir")
+                     "paths start at the folder of the data file, or at data.image_dir, and a .zip or .tar there is "
+                     "read too")
     return path
 
 
@@ -224,21 +228,30 @@ def image_size(item: ImageItem) -> tuple[int, int]:
         return (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)
 
 
-def unusable(items: Iterable[ImageItem]) -> dict[ImageItem, BadRow]:
-    """Decode every image once; those that fail, or are too thin for the model, with the reason."""
-    def check(item: ImageItem) -> BadRow | None:
-        try:
-            size = open_image(item).size
-        except BadRow as error:
-            return error
-        thin = max(size) > MAX_ASPECT * min(size)
-        return BadRow("picture too thin", f"an image of {size[0]} x {size[1]} pixels is too thin: crop it until one "
-                      f"side is at most {MAX_ASPECT} times the other") if thin else None
+def unusable(rows: Sequence[Row]) -> dict[int, BadRow]:
+    """Decode the images of all rows; the rows with one that fails or is too thin for the model, with the reason."""
+    @functools.lru_cache(100_000)  # rows may share a file
+    def check_file(path: str) -> BadRow | None:
+        return _fault(path)
 
-    each = dict.fromkeys(items)
+    def check(index: int) -> BadRow | None:
+        return next(filter(None, (check_file(item) if isinstance(item, str) else _fault(item)
+                                  for item in rows[index].images)), None)
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = track(pool.map(check, each), "checking images", len(each), transient=True, disable=len(each) <= 200)
-        return {item: error for item, error in zip(each, checks, strict=True) if error}
+        checks = track(pool.map(check, range(len(rows))), "checking images", len(rows), transient=True,
+                       disable=len(rows) <= 200)
+        return {index: error for index, error in enumerate(checks) if error}
+
+
+def _fault(item: ImageItem) -> BadRow | None:
+    try:
+        size = open_image(item).size
+    except BadRow as error:
+        return error
+    thin = max(size) > MAX_ASPECT * min(size)
+    return BadRow("picture too thin", f"an image of {size[0]} x {size[1]} pixels is too thin: crop it until one "
+                  f"side is at most {MAX_ASPECT} times the other") if thin else None
 
 
 @contextlib.contextmanager

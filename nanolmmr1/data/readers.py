@@ -1,4 +1,4 @@
-"""Raw rows of .jsonl, .json and .parquet files, folders, saved data sets and the hub.
+"""Raw rows of .jsonl, .json, .csv and .parquet files, folders, saved data sets and the hub.
 
 Data is untrusted. A few kB can unpack to any size, so files are measured, and read in pieces below the limits here.
 That is why parquet is not read by `datasets`, which has no such limits; it reads only its own folders, and the hub.
@@ -7,6 +7,8 @@ Next: prompt.py, from a row to token ids, patches and positions.
 """
 
 import ast
+import contextlib
+import csv
 import io
 import json
 import os
@@ -24,6 +26,7 @@ MAX_RECORD = 256 << 20  # bytes of an image file, or of a row of parquet or a da
 MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a file may unpack to so many bytes, or to so many times its size
 PIECE = 64 << 20  # bytes of Arrow data that are converted to Python objects together
 CHUNK = 1 << 20  # characters of a .json list that are read together
+DIAGRAM = "img_diagram.png"  # the picture beside each data.json of Geometry3K as first published
 MAX_LITERAL = 20_000  # characters of a Python literal inside a text
 
 Numbered = Iterator[tuple[int, Any]]  # raw rows of a file and their numbers
@@ -100,6 +103,9 @@ def _files(folder: Path, split: str) -> list[Path]:
     inside = sorted([*folder.glob("*.*"), *folder.glob("data/*.*")])
     files = [path for path in inside if path.suffix in (".jsonl", ".parquet")]
     files = files or [path for path in inside if path.suffix == ".json" and _holds_rows(path)]
+    files = files or [path for path in inside if path.suffix == ".csv"]
+    if not files and not split and (files := _single_rows(folder)):
+        return files
     if not files:
         folders = sorted({path.parent.name for suffix in READERS for path in folder.glob(f"*/*{suffix}")})
         raise UserError(f"{shown(folder)} holds no .jsonl or .parquet file, no .json of rows and no saved data set"
@@ -108,6 +114,20 @@ def _files(folder: Path, split: str) -> list[Path]:
     for path in files:
         splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path)
     return _pick(splits, split, shown(folder))
+
+
+def _single_rows(folder: Path) -> list[Path]:
+    """Files of one row each: of a folder of folders, in the order of their numbers. MATH and Geometry3K are like that.
+    The first file decides, so that settings of other programs are not searched for rows."""
+    found = [path for path in folder.glob("*/*.json") if path.is_file()]
+    found.sort(key=lambda path: [int(part) if place % 2 else part for place, part in
+                                 enumerate(re.split(r"(\d+)", f"{path.parent.name}/{path.name}"))])
+    try:
+        row = json.loads(found[0].read_bytes()[:MAX_LINE]) if found else None
+    except (OSError, ValueError, RecursionError):
+        return []
+    return found if isinstance(row, dict) and any(
+        isinstance(row.get(name), str) for name in ("problem", "question", "problem_text")) else []
 
 
 def _holds_rows(path: Path) -> bool:
@@ -136,6 +156,8 @@ def _from_file(path: Path) -> Records:
         for number, record in READERS[path.suffix](path, name):
             if path.name == "metadata.jsonl" and isinstance(record, dict) and "file_name" in record:
                 record.setdefault("image", record["file_name"])  # the convention of image folders
+            if path.name == "data.json" and isinstance(record, dict) and (path.parent / DIAGRAM).is_file():
+                record.setdefault("image", DIAGRAM)
             yield record, f"{name}:{number}", path.parent
     except (OSError, UnicodeError) as error:
         raise UserError(f"{name} cannot be read: {reason(error)}") from error
@@ -208,6 +230,10 @@ def _read_json(path: Path, name: str) -> Numbered:
         text = io.TextIOWrapper(file, _encoding(file))
         start = text.read(CHUNK).lstrip()
         is_whole = start[:1] == "[" or _is_keyed(start)
+        if start[:1] == "{" and not is_whole and len(start) < CHUNK:  # an object alone, over several lines
+            with contextlib.suppress(ValueError, RecursionError):
+                yield 1, json.loads(start)
+                return
         yield from _read_list(text, start, name) if is_whole else _read_jsonl(path, name)
 
 
@@ -276,8 +302,20 @@ def _read_parquet(path: Path, name: str) -> Numbered:
         raise UserError(f"{name} is not readable parquet: {reason(error)}") from error
 
 
+def _read_csv(path: Path, name: str) -> Numbered:
+    """Rows by the names in the first line; every value is text."""
+    with open(path, "rb") as file:
+        csv.field_size_limit(MAX_LINE)
+        rows = csv.DictReader(io.TextIOWrapper(file, _encoding(file), newline=""), restkey="more", strict=True)
+        try:
+            yield from enumerate(rows, 2)
+        except csv.Error as error:
+            raise UserError(f"{name}:{rows.line_num + 1}: unreadable CSV ({reason(error)}); write it again, with quotes "
+                            "around values that hold commas, quotes or line breaks") from error
+
+
 READERS: dict[str, Callable[[Path, str], Numbered]] = {
-    ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
 
 
 def _check_unpacked(name: str, packed: int, unpacked: int) -> None:

@@ -1,18 +1,18 @@
 """Data rows: reading, checking, selecting and ordering them; neither model nor tokenizer is needed.
 
 A row is a problem, its gold answer and its images. All rows are read and checked before the first step, and every
-image is decoded once, so a run cannot meet a bad row later. Bad rows are dropped and counted, or stop the run. Rows
-stay small in memory: an image file is stored as its path, image bytes stay compressed.
+image is decoded once, so a run cannot meet a bad row later. Bad rows are dropped and counted, or stop the run.
 
-Next: columns.py, the columns of a record.
+Next: store.py, rows on disk.
 """
 
 import hashlib
+import math
 import os
 import re
 import statistics
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +20,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from rich.progress import track
 
-from nanolmmr1.data import images
-from nanolmmr1.data.columns import COLUMNS, Fields, shown_options
-from nanolmmr1.data.images import MARKER, ImageItem
+from nanolmmr1.data import images, schemas
+from nanolmmr1.data.archives import PictureFolder
+from nanolmmr1.data.columns import COLUMNS, Fields, get, shown_options
+from nanolmmr1.data.images import MARKER
 from nanolmmr1.data.images import image_size as image_size
 from nanolmmr1.data.images import open_image as open_image
 from nanolmmr1.data.readers import BadRow, raw_rows, shown
+from nanolmmr1.data.store import Row, Rows
 from nanolmmr1.errors import UserError
 
 MAX_BAD = 10_000  # a source whose first rows are all bad is not read further
@@ -36,30 +38,10 @@ LIKE_IMAGES = re.compile(r"image|img|picture|photo|figure|diagram|screenshot", r
 Size = tuple[int, int]  # tokens and image patches of a prompt
 
 
-@dataclass
-class Row:
-    """One problem with its gold answer."""
-
-    problem: str  # with one MARKER per image; without images, a MARKER is plain text
-    answer: str
-    images: list[ImageItem] = field(default_factory=list)
-    caption: str = ""
-    id: str = ""
-    task: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)  # the data's other columns that are JSON
-    options: list[str] = field(default_factory=list)  # of a multiple choice, in the order A, B, ...
-
-    def public(self) -> dict[str, Any]:
-        """The row for reward functions, JSON-able: all columns, images by path or size."""
-        images = [item if isinstance(item, str) else f"<{len(item)} bytes>" for item in self.images]
-        return self.extra | dict(problem=self.problem, answer=self.answer, images=images, caption=self.caption,
-                                 id=self.id, task=self.task, options=self.options)
-
-
 class Loaded(NamedTuple):
     """The rows of one or several sources."""
 
-    rows: list[Row]
+    rows: Rows
     dropped: dict[str, int]  # bad rows by reason
     notes: list[str]  # lines for the user: how the rows were read, how many have pictures, which are bad
 
@@ -86,16 +68,20 @@ class ChecksGold(Protocol):
 
 
 def load_rows(source: str | list[str], columns: dict[str, str] | None = None, on_bad_row: str = "skip",
-              image_dir: str = "") -> Loaded:
+              image_dir: str = "", rows: Rows | None = None, schema: str = "", decode: bool = True) -> Loaded:
     """Read and check all rows of one or several sources.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a hub id, or a folder. A folder holds such files, an image folder's
-            `metadata.jsonl`, or the files of `datasets.save_to_disk`. `@split` after a folder or hub id picks a split,
-            `:config` before it a configuration of the hub.
+        source: a .jsonl, .json, .csv or .parquet file, a hub id, or a folder. A folder holds such files, an image
+            folder's `metadata.jsonl`, files of one row each in folders below, or the files of
+            `datasets.save_to_disk`. `@split` after a folder or hub id picks a split, `:config` before it a
+            configuration of the hub.
         columns: our column names -> those of the data; a dot leads into an object, as in reward_model.ground_truth.
         on_bad_row: "skip" drops and counts bad rows, "stop" refuses them.
         image_dir: where relative paths of images start; empty: at the folder of the data file.
+        rows: written to; None: a new temporary file.
+        schema: of all rows, see schemas.py; empty: of each row by its columns.
+        decode: decode every image; otherwise a broken one is met later.
 
     Raises:
         UserError: a source cannot be read or has no good row. NoColumn: see there. Each names the cure.
@@ -106,12 +92,13 @@ def load_rows(source: str | list[str], columns: dict[str, str] | None = None, on
     if image_dir and not os.path.isdir(os.path.expanduser(image_dir)):
         raise UserError(f"data.image_dir={shown(image_dir)}: there is no such folder")
     folder = Path(os.path.expanduser(image_dir)) if image_dir else None
-    loaded, dropped, first = Loaded([], {}, []), Counter[str](), list[str]()
+    rows = Rows.temporary() if rows is None else rows
+    loaded, dropped, first = Loaded(rows.subset([]), {}, []), Counter[str](), list[str]()
     for name in [source] if isinstance(source, str) else source:
-        reader = _Source(shown(name), columns)
+        reader = _Source(shown(name), columns, rows.subset([]), schemas.named(schema) if schema else ())
         for record, place, beside in raw_rows(name):
             reader.add(record, place, folder or beside)
-        reader.finish()
+        reader.finish(decode)
         loaded.rows.extend(reader.rows)
         loaded.notes.extend(reader.notes())
         dropped += reader.bad
@@ -129,9 +116,10 @@ def _counts(numbers: dict[str, int]) -> str:
 class _Source:
     """Reads the records of one source into rows, and notes how."""
 
-    def __init__(self, name: str, columns: dict[str, str]) -> None:
-        self.name, self.columns = name, columns
-        self.rows: list[Row] = []
+    def __init__(self, name: str, columns: dict[str, str], rows: Rows, entries: Sequence[schemas.Schema]) -> None:
+        self.name, self.columns, self.rows, self.entries = name, columns, rows, entries
+        self.schemas = Counter[str]()  # good rows by the name of their schema
+        self.folders: dict[Path | None, PictureFolder] = {}
         self.places: list[str] = []  # of the rows, as "file:line"
         self.bad = Counter[str]()  # rows by reason
         self.first: list[str] = []  # messages of the first bad rows
@@ -144,15 +132,17 @@ class _Source:
 
     def add(self, record: Any, place: str, folder: Path | None) -> None:
         """Read one record; a bad one is counted."""
+        if folder not in self.folders:
+            self.folders[folder] = PictureFolder(folder)
         try:
-            self.rows.append(self._row(record, place, folder))
+            self.rows.append(self._row(record, place, self.folders[folder]))
             self.places.append(place)
         except BadRow as error:
             self._drop(error, place)
         if not self.rows and self.bad.total() >= MAX_BAD:
             self._refuse("the rest was not read")
 
-    def finish(self) -> None:
+    def finish(self, decode: bool) -> None:
         """Drop the rows whose pictures fail; refuse a source that has no good row or whose pictures would be lost."""
         for ours in sorted(self.absent if self.names else ()):
             raise NoColumn(ours, f"{self.name}: no row has the column {self.columns[ours]!r} that "
@@ -161,10 +151,10 @@ class _Source:
         if lost and not self.has_pictures:
             raise UserError(f"{self.name}: no row has pictures in a column that is read, but the column {lost[0]!r} "
                             f"holds some: set prompt.columns.images={lost[0]}, or remove the column")
-        broken = images.unusable(item for row in self.rows for item in row.images)
-        kept = []
-        for row, place in zip(self.rows, self.places, strict=True):
-            error = next((broken[item] for item in row.images if item in broken), None)
+        broken, kept = images.unusable(self.rows) if decode else {}, []
+        self.pictured = 0
+        for index, (row, place) in enumerate(zip(self.rows, self.places, strict=True)):
+            error = broken.get(index)
             markers = [] if row.images else images.MARKERS.findall(row.problem)
             if markers and self.has_pictures:
                 error = BadRow("markers and pictures differ", f"{len(markers)} {markers[0]} markers in the problem, "
@@ -174,16 +164,21 @@ class _Source:
             if error:
                 self._drop(error, place)
             else:
-                kept.append(row)
-        self.rows = kept
+                kept.append(index)
+                self.pictured += bool(row.images)
+        self.rows = self.rows.subset(kept)
         if not kept:
             self._refuse("no row is left")
 
     def notes(self) -> list[str]:
         """Lines for the user."""
-        total, pictured = len(self.rows) + self.bad.total(), sum(bool(row.images) for row in self.rows)
-        kept = f"{len(self.rows):,}"
+        total, pictured, kept = len(self.rows) + self.bad.total(), self.pictured, f"{len(self.rows):,}"
         lines = [f"{self.name}: {kept} of {total:,} rows read; {pictured:,} of {kept} rows have pictures"]
+        known = [f"{name} ({count:,})" if len(self.schemas) > 1 else name
+                 for name, count in self.schemas.most_common(FIRST) if name]
+        lines += [f"{self.name}: rows read as: {', '.join(known)}"] if known else []
+        lines += [f"{self.name}: pictures were found in {shown(where.path)} under the last parts of their paths"
+                  for where in self.folders.values() if where.removed is not None]
         how = [f"{ours} from " + ", ".join(f"{name} ({count:,})" if len(names) > 1 else name
                                            for name, count in names.most_common(FIRST))
                for ours, names in self.used.items() if set(names) - {f"'{ours}'"}]
@@ -206,7 +201,7 @@ class _Source:
         raise UserError(f"{self.first[0]} -- {why} of {self.name}: {_counts(self.bad)}"
                         + "".join(f" | {text:.200}" for text in self.first[1:]))
 
-    def _row(self, record: Any, place: str, folder: Path | None) -> Row:
+    def _row(self, record: Any, place: str, folder: PictureFolder) -> Row:
         """A raw row, checked."""
         if isinstance(record, BadRow):
             raise record
@@ -214,7 +209,9 @@ class _Source:
             raise BadRow("not an object", f"an object with named columns is needed, got {brief(record)}")
         if len(self.names) < MAX_NAMES and not record.keys() <= self.names.keys():
             self.names.update(dict.fromkeys(record))
-        fields = Fields(record, self.columns, folder)
+        schema = self._schema(record)
+        record = schema.change(record)
+        fields = Fields(record, self.columns, folder, schema)
         self.absent -= set(fields.names)
         self._look_for_pictures(fields)
         if any(images.find(record.get(name)) for name in ("video", "videos", "video_path")):
@@ -237,10 +234,19 @@ class _Source:
         if marked == MARKER * len(items) + text["problem"] and items:
             said.append("have pictures without a marker in the text, so the pictures stand first")
         self.said.update(said)
+        self.schemas[schema.name] += 1
         for ours, name in fields.names.items():
             self.used[ours][f"the chat in {name!r}" if name in fields.chats else repr(name)] += 1
         return Row(marked, text["answer"], items, text["caption"], fields.id() or os.path.basename(place),
                    text["task"], fields.extra(), [images.NUMBERED.sub(r"image \1", option) for option in options])
+
+    def _schema(self, record: schemas.Record) -> schemas.Schema:
+        """The record's schema: the named one, or the one that its columns fit."""
+        fits = [schema for schema in self.entries if record.keys() >= set(schema.has)]
+        if self.entries and not fits:
+            raise BadRow("other schema", f"the row lacks columns of the schema {self.entries[0].name}: "
+                         f"{shown(', '.join(sorted(set(self.entries[0].has) - record.keys())))}")
+        return fits[0] if fits else schemas.recognize(record)
 
     def _look_for_pictures(self, fields: Fields) -> None:
         """Note columns, also inside objects, that seem to hold pictures and are not read."""
@@ -287,54 +293,75 @@ class PromptSampler:
 class Selected(NamedTuple):
     """The rows that a phase can train on."""
 
-    rows: list[tuple[Row, Size]]
+    indices: list[int]
+    sizes: list[Size]  # of these rows
     dropped: dict[str, int]  # rows by reason
     unusable: list[str]  # why rows cannot be made a prompt
     golds: list[str]  # which gold answers earn no reward, and why
 
 
-def select_rows(rows: list[Row], processor: Measures, captions: bool, max_prompt_tokens: int, judge: ChecksGold,
-                where: str) -> Selected:
+def out_of_band(row: Row, bands: dict[str, list[float]]) -> str:
+    """The reason why a row is outside of a band, a column's lowest and highest value; "" if it is inside of all."""
+    for name, (low, high) in bands.items():
+        value = get(row.extra, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            return f"no number in {name}"
+        if not low <= value <= high:
+            return f"{name} outside of [{low:g}, {high:g}]"
+    return ""
+
+
+def select_rows(rows: Sequence[Row], processor: Measures, captions: bool, max_prompt_tokens: int, judge: ChecksGold,
+                where: str, bands: dict[str, list[float]] | None = None) -> Selected:
     """Select the rows that a phase can train on.
 
-    Dropped are rows without a caption where captions are shown, rows that the processor refuses, prompts above
-    max_prompt_tokens (image tokens included), and rows whose gold answer no response can equal: none could earn their
-    reward.
+    Dropped are rows without a caption where captions are shown, rows outside of a band, rows that the processor
+    refuses, prompts above max_prompt_tokens (image tokens included), and rows whose gold answer no response can equal:
+    none could earn their reward.
 
     Args:
-        where: the phase's key, as in "phases.text".
+        where: the phase's key, as in "phases.text". bands: numeric columns, with their lowest and highest value.
 
     Raises:
         UserError: no row is left.
     """
-    unusable = []
+    selected, tokens, dropped = Selected([], [], {}, [], []), list[int](), Counter[str]()
 
-    def measure(row: Row) -> Size | None:
+    def note(messages: list[str], text: str) -> None:
+        if len(messages) < FIRST:
+            messages.append(text)
+
+    def fault(index: int, row: Row) -> str:
+        if captions and not row.caption:
+            return "no caption"
+        if reason := out_of_band(row, bands or {}):
+            return reason
         # Tokenising takes 200 bytes per character, so a text that must be too long is not tokenised.
         long = len(row.problem) + len(row.caption) * captions > max_prompt_tokens  # a token has a character or more
         least = processor.at_least(row, captions) if long else 0
         try:
-            return (least, 0) if least > max_prompt_tokens else processor.measure(row, captions)
+            size = (least, 0) if least > max_prompt_tokens else processor.measure(row, captions)
         except UserError as error:
-            unusable.append(str(error))
-            return None
+            note(selected.unusable, str(error))
+            return "no prompt"
+        tokens.append(size[0])
+        if size[0] > max_prompt_tokens:
+            return "prompt too long"
+        if problem := judge.gold_problems([row.public()])[0]:
+            note(selected.golds, f"row {row.id}: {problem}: {shown(row.answer, 80)}")
+            return problem
+        selected.indices.append(index)
+        selected.sizes.append(size)
+        return ""
 
-    captioned = [row for row in rows if row.caption or not captions]
-    progress = track(captioned, "counting prompt tokens", transient=True, disable=len(rows) <= 200)
-    measured = [(row, size) for row in progress if (size := measure(row))]
-    short = [(row, size) for row, size in measured if size[0] <= max_prompt_tokens]
-    problems = judge.gold_problems([row.public() for row, _ in short])
-    selected = [each for each, problem in zip(short, problems, strict=True) if not problem]
-    golds = [f"row {row.id}: {problem}: {shown(row.answer, 80)}"
-             for (row, _), problem in zip(short, problems, strict=True) if problem]
-    dropped = {"no caption": len(rows) - len(captioned), "no prompt": len(unusable),
-               "prompt too long": len(measured) - len(short), **Counter(filter(None, problems))}
-    dropped = {reason: count for reason, count in dropped.items() if count}
-    if not selected:
-        tokens = [size[0] for _, size in measured]
+    for index, row in enumerate(track(rows, "counting prompt tokens", transient=True, disable=len(rows) <= 200)):
+        if reason := fault(index, row):
+            dropped[reason] += 1
+    if not selected.indices:
         lengths = f"{min(tokens)} / {statistics.median(tokens):.0f} / {max(tokens)}" if tokens else "none counted"
-        first = "".join(f" | {text:.300}" for text in [*unusable, *golds][:FIRST])
-        raise UserError(f"{where}: no row is left of {len(rows)}, dropped {dropped}; prompt tokens min / median / max: "
-                        f"{lengths}. For long prompts raise {where}.max_prompt_tokens={max_prompt_tokens} or lower "
-                        f"prompt.max_pixels; for captions and gold answers look at prompt.columns{first}")
-    return Selected(selected, dropped, unusable[:FIRST], golds[:FIRST])
+        first = "".join(f" | {text:.300}" for text in [*selected.unusable, *selected.golds][:FIRST])
+        raise UserError(f"{where}: no row is left of {len(rows)}, dropped {dict(dropped)}; prompt tokens min / median "
+                        f"/ max: {lengths}. For long prompts raise {where}.max_prompt_tokens={max_prompt_tokens} or "
+                        f"lower prompt.max_pixels; for captions and gold answers look at prompt.columns; bands are "
+                        f"{where}.data_filter={bands or {}}{first}")
+    return selected._replace(dropped=dict(dropped))

@@ -209,6 +209,18 @@ def on_main(work: Callable[[], T]) -> T:
     return json.loads(gather(message.encode())[0])
 
 
+def on_host_main(work: Callable[[], T]) -> T:
+    """Run `work()` on the first rank of every host and send its result, which must be JSON-able, to that host's ranks.
+
+    Raises:
+        SharedError: it raised a UserError on some host.
+    """
+    if size() == 1:
+        return work()
+    message = together(lambda: json.dumps(work()) if is_host_main() else "")
+    return json.loads(gather(message.encode())[rank() - int(os.environ.get("LOCAL_RANK", 0))])
+
+
 def together(work: Callable[[], T]) -> T:
     """Run `work()` on every rank; if it fails on one, raise on all, so that none waits in a collective for it.
 

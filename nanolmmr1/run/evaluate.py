@@ -4,7 +4,7 @@ Next: checkpoint.py, atomic checkpoints.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from nanolmmr1.rollout.sampler import Sampler, SamplingParams, never_stop
 
 ROWS = 256  # prepared at a time by a rank: bounds the prompts held in memory
 
-Tasks = dict[str, tuple[list[Row], bool]]  # name -> rows, whether captions are shown
+Tasks = dict[str, tuple[Sequence[Row], bool]]  # name -> rows, whether captions are shown
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
 
 
 def _count_right(
-    rows: list[Row],
+    rows: Sequence[Row],
     captions: bool,
     params: SamplingParams,
     sampler: Sampler,

@@ -3,11 +3,13 @@
 Next: evaluate.py, held-out accuracy.
 """
 
+import contextlib
 import gc
 import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,8 @@ import torch
 
 from nanolmmr1 import files
 from nanolmmr1.data.prompt import Processor
-from nanolmmr1.data.rows import NoColumn, Row, load_rows, select_rows
+from nanolmmr1.data.rows import NoColumn, load_rows, select_rows
+from nanolmmr1.data.store import Row, Rows
 from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.model.qwen import Qwen25VL
@@ -93,7 +96,7 @@ def world_paths(source: str | list[str], world: Path) -> str | list[str]:
 class Data(NamedTuple):
     """The rows of a run, by phase or task."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, Rows]
     tasks: Tasks
     sizes: dict[str, Sizes]  # of a phase's rows
     hashes: dict[str, str]  # of a phase's rows
@@ -114,7 +117,7 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
     dist.together(loader.check_columns)
     for name, phase in cfg.phases.items():
         data.rows[name], data.sizes[name], data.hashes[name] = loader.select(
-            phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}"
+            phase.data, phase.captions, phase.max_prompt_tokens, f"phases.{name}", phase.data_filter
         )
     for name, task in cfg.evaluate.tasks.items():
         captions, limit = bool(task.get("captions", False)), cfg.evaluate.max_prompt_tokens
@@ -130,81 +133,105 @@ class _Loader:
     def __init__(self, cfg: Recipe, processor: Processor, judge: Judge, display: Display) -> None:
         self.columns, self.options, self.processor = cfg.prompt.columns, cfg.data, processor
         self.judge, self.display = judge, display
-        self.loaded: dict[str, list[Row]] = {}
+        self.folder = Path(cfg.output) if os.path.isdir(cfg.output) else None  # where rows are written
+        self.loaded: dict[str, Rows] = {}
         self.judge_checked = False
         self.found: set[str] = set()  # keys of prompt.columns that some source has
-        self.missing: dict[str, NoColumn] = {}  # and those that some source lacks
+        self.missing: dict[str, str] = {}  # and those that some source lacks, with the message
 
     def select(
-        self, source: str | list[str], captions: bool, max_tokens: int, where: str
-    ) -> tuple[list[Row], Sizes, str]:
+        self, source: str | list[str], captions: bool, max_tokens: int, where: str,
+        bands: dict[str, list[float]] | None = None,
+    ) -> tuple[Rows, Sizes, str]:  # fmt: skip
         """The usable rows of a source, their sizes and their hash."""
         rows = self.load(source)
         # Rank 0 selects for all: the judge has a deadline, so two ranks might select differently.
-        indices, sizes, dropped, notes, digest = dist.on_main(lambda: self._select(rows, captions, max_tokens, where))
+        indices, sizes, dropped, notes, digest = dist.on_main(
+            lambda: self._select(rows, captions, max_tokens, where, bands or {})
+        )
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         self.display.note(f"{where}: {len(indices)} of {len(rows)} rows; dropped: {reasons}")
         for note in notes:
             self.display.note(f"  {note}")
-        return [rows[i] for i in indices], sizes, digest
+        return rows.subset(indices), sizes, digest
 
-    def load(self, source: str | list[str]) -> list[Row]:
+    def load(self, source: str | list[str]) -> Rows:
+        """All rows of a source. The first rank of each host reads it; the others open the file that it wrote."""
         key = json.dumps(source)
         if key not in self.loaded:
-            names = [source] if isinstance(source, str) else source
-            rows, notes = dist.together(lambda: self._read(names))
-            text = "\n".join(f"{row.problem}\t{row.answer}\t{row.caption}" for row in rows)
-            if len(set(dist.gather(hashlib.sha256(text.encode()).digest()))) > 1:
-                raise SharedError(f"{source}: the ranks read different rows; give all hosts the same files")
-            for note in notes:
+            read = _Read(*dist.on_host_main(lambda: self._read([source] if isinstance(source, str) else source)))
+            try:
+                rows = dist.together(lambda: Rows(os.open(read.path, os.O_RDONLY), read.starts, read.sizes))
+            finally:
+                if dist.is_host_main():
+                    os.unlink(read.path)  # it lives as long as some rank has it open
+            if len(set(dist.gather(read.digest.encode()))) > 1:
+                raise SharedError(f"{source}: the hosts read different rows; give all hosts the same files")
+            for note in read.notes:
                 self.display.note(note)
+            self.found |= set(read.found)
+            self.missing = read.missing | self.missing
             self.loaded[key] = rows
         return self.loaded[key]
 
-    def _read(self, names: list[str]) -> tuple[list[Row], list[str]]:
-        """Rows and notes. A source that lacks a named column is read without that name, if another source has it."""
-        rows, notes = list[Row](), list[str]()
-        for name in names:
-            columns, lacks = dict(self.columns), list[NoColumn]()
-            while True:
-                try:
-                    loaded = load_rows(name, columns, self.options.on_bad_row, self.options.image_dir)
-                    break
-                except NoColumn as error:
-                    lacks.append(error)
-                    del columns[error.ours]
-                except UserError as error:
-                    raise lacks[0] if lacks else error from None
-            self.found |= set(columns)
-            self.missing = {error.ours: error for error in lacks} | self.missing
-            rows += loaded.rows
-            notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
-        return rows, notes
+    def _read(self, names: list[str]) -> "_Read":
+        """Read sources. One that lacks a named column is read without that name, if another source has it."""
+        file, path = tempfile.mkstemp(prefix=".rows.", dir=self.folder)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(os.unlink, path)
+            rows, notes, missing, found = Rows(file), list[str](), dict[str, str](), set[str]()
+            for name in names:
+                columns, lacks = dict(self.columns), list[NoColumn]()
+                while True:
+                    try:
+                        loaded = load_rows(name, columns, self.options.on_bad_row, self.options.image_dir, rows)
+                        break
+                    except NoColumn as error:
+                        lacks.append(error)
+                        del columns[error.ours]
+                    except UserError as error:
+                        raise lacks[0] if lacks else error from None
+                found |= set(columns)
+                missing = {error.ours: str(error) for error in lacks} | missing
+                rows.extend(loaded.rows)
+                notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
+            digest = hashlib.sha256()
+            for row in rows:
+                digest.update(f"{row.problem}\t{row.answer}\t{row.caption}\n".encode())
+            on_error.pop_all()
+        return _Read(path, rows.starts.tolist(), rows.sizes.tolist(), notes, digest.hexdigest(), sorted(found),
+                     missing)  # fmt: skip
 
     def check_columns(self) -> None:
         """Refuse a name of prompt.columns that no source has."""
-        for ours, error in self.missing.items():
+        for ours, message in self.missing.items():
             if ours not in self.found:
-                raise error
+                raise UserError(message)
 
     def _select(
-        self, rows: list[Row], captions: bool, max_tokens: int, where: str
+        self, rows: Rows, captions: bool, max_tokens: int, where: str, bands: dict[str, list[float]]
     ) -> tuple[list[int], Sizes, dict[str, int], list[str], str]:
         if not self.judge_checked:
-            self.judge.check([row.public() for row in rows])
+            self.judge.check([row.public() for row in rows[:1]])
             self.judge_checked = True
-        kept, dropped, unusable, golds = select_rows(rows, self.processor, captions, max_tokens, self.judge, where)
-        if unusable and self.options.on_bad_row == "stop":
-            raise UserError(f"{where}: {dropped['no prompt']} bad rows; with data.on_bad_row=skip they are dropped. "
-                            f"The first: {' | '.join(unusable)}")  # fmt: skip
-        index = {id(row): i for i, row in enumerate(rows)}
-        return (
-            [index[id(row)] for row, _ in kept],
-            [size for _, size in kept],
-            dropped,
-            unusable + golds,
-            hash_rows(row for row, _ in kept),
-        )
+        kept = select_rows(rows, self.processor, captions, max_tokens, self.judge, where, bands)
+        if kept.unusable and self.options.on_bad_row == "stop":
+            raise UserError(f"{where}: {kept.dropped['no prompt']} bad rows; with data.on_bad_row=skip they are "
+                            f"dropped. The first: {' | '.join(kept.unusable)}")  # fmt: skip
+        digest = hash_rows(rows.subset(kept.indices))
+        return kept.indices, kept.sizes, kept.dropped, kept.unusable + kept.golds, digest
+
+
+class _Read(NamedTuple):
+    """What the first rank of a host read, for its other ranks."""
+
+    path: str  # of the rows
+    starts: list[int]
+    sizes: list[int]
+    notes: list[str]
+    digest: str  # of all texts
+    found: list[str]  # keys of prompt.columns that some source has
+    missing: dict[str, str]  # and those that some source lacks, with the message
 
 
 def hash_rows(rows: Iterable[Row]) -> str:

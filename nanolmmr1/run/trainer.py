@@ -12,6 +12,7 @@ Next: ../data/rows.py, where prompts come from.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ class Trainer:
         rewarded = {"format": bool(cfg.reward.format_weight), "accuracy": bool(cfg.reward.accuracy_weight)}
         self.diagnosis = Diagnosis({name: phase.steps for name, phase in cfg.phases.items()}, rewarded)
 
-    def start_phase(self, name: str, rows: list[Row], reference: Qwen25VL | None = None) -> None:
+    def start_phase(self, name: str, rows: Sequence[Row], reference: Qwen25VL | None = None) -> None:
         """Begin a phase, or continue it where `progress` is inside it.
 
         Args:
