@@ -83,7 +83,8 @@ FLOORS = [
     {"rollout"},
     {"report", "desk"},
     {"run"},
-    {"doctor", "train"},
+    {"prepare"},
+    {"caption", "doctor", "passrate", "train"},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for name in rooms}
 

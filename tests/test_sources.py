@@ -120,8 +120,8 @@ INSTRUCTED = [  # as trainers and benchmarks write them, and what is left
     ("Which?\nPlease reason step by step, and put your final answer option (e.g., A, B, C, D) within \\boxed{}, like "
      "\\boxed{A}.", "Which?"),
     ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-     "$Answer (without quotes) where $Answer is the answer to the problem.\n\nFind x.\n\nRemember to put your answer on "
-     'its own line after "Answer:".', "Find x."),
+     "$Answer (without quotes) where $Answer is the answer to the problem.\n\nFind x.\n\nRemember to put your answer "
+     'on its own line after "Answer:".', "Find x."),
     ("Which? First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
      "</answer> tags. Output the final answer in JSON format.", "Which?"),
     ("<image>\nHint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, "
@@ -164,8 +164,9 @@ def test_the_recipes_columns_come_before_a_schemas(tmp_path):
 def test_a_named_schema_reads_its_rows_alone_and_an_unknown_name_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", dict(question="1+1?", answer="#### 2"), dict(query="1+1?", answer="2"))
     rows, dropped, notes = load_rows(path, schema="gsm8k")
-    assert len(rows) == 1 and dropped == {"other schema": 1} and "lacks columns of the schema gsm8k: question" in notes[-1]
-    with pytest.raises(UserError, match="'gsm9k' is no schema: one of virl39k, lmm_r1"):
+    assert len(rows) == 1 and dropped == {"other schema": 1}
+    assert "lacks columns of the schema gsm8k: question" in notes[-1]
+    with pytest.raises(UserError, match="'gsm9k' is no schema: one of nanolmmr1, virl39k, lmm_r1"):
         load_rows(path, schema="gsm9k")
 
 

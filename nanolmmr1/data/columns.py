@@ -18,7 +18,7 @@ from nanolmmr1.data import chat, images
 from nanolmmr1.data.archives import PictureFolder
 from nanolmmr1.data.images import MARKER, ImageItem
 from nanolmmr1.data.readers import BadRow, parsed, shown
-from nanolmmr1.data.schemas import Schema, without_instruction
+from nanolmmr1.data.schemas import OURS, Schema, without_instruction
 
 MAX_TEXT = 16 << 20  # characters of a problem, answer, caption or task
 MAX_ID = 200  # characters of an id, which appears in logs and messages
@@ -99,8 +99,8 @@ class Fields:
         for ours, theirs in tried.items():
             if name := next((name for name in theirs if self._has(ours, name)), None):
                 self.names[ours] = name
-        # The columns that the row is made of. Options stay among the others, for reward functions.
-        self.read = {name for ours, name in self.names.items() if ours != "options"}
+        # The columns that the row is made of. Options of another name stay among the others, for reward functions.
+        self.read = {OURS, *(name for ours, name in self.names.items() if ours != "options" or name == ours)}
         if NUMBERED in self.read:
             self.read.update(self.numbered.values())
 
@@ -211,8 +211,9 @@ class Fields:
         return shown(text)
 
     def extra(self) -> dict[str, Any]:
-        """The other columns that are JSON."""
-        return {str(name): v for name, v in self.record.items() if name not in self.read and _is_jsonable(v)}
+        """The other columns that are JSON, without ours that are empty."""
+        return {str(name): v for name, v in self.record.items()
+                if name not in self.read and (v or name not in COLUMNS) and _is_jsonable(v)}
 
     def holds_pictures(self, value: Any) -> bool:
         """Whether a value of some column is a picture that is here, or a chat with one."""

@@ -246,12 +246,23 @@ def unusable(rows: Sequence[Row]) -> dict[int, BadRow]:
 
 def _fault(item: ImageItem) -> BadRow | None:
     try:
-        size = open_image(item).size
+        open_checked(item)
     except BadRow as error:
         return error
-    thin = max(size) > MAX_ASPECT * min(size)
-    return BadRow("picture too thin", f"an image of {size[0]} x {size[1]} pixels is too thin: crop it until one "
-                  f"side is at most {MAX_ASPECT} times the other") if thin else None
+    return None
+
+
+def open_checked(item: ImageItem) -> Image.Image:
+    """`open_image`, of an image that the model can take.
+
+    Raises:
+        BadRow: see there, or too thin.
+    """
+    image = open_image(item)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadRow("picture too thin", f"an image of {image.width} x {image.height} pixels is too thin: crop it "
+                     f"until one side is at most {MAX_ASPECT} times the other")
+    return image
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ MAX_VALUES = 1 << 20  # texts, numbers, lists and objects of one line: an empty 
 MAX_RECORD = 256 << 20  # bytes of an image file, or of a row of parquet or a data set with its images
 MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a file may unpack to so many bytes, or to so many times its size
 PIECE = 64 << 20  # bytes of Arrow data that are converted to Python objects together
+HUB = r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?"  # a data set of the hub, perhaps with a configuration
 CHUNK = 1 << 20  # characters of a .json list that are read together
 DIAGRAM = "img_diagram.png"  # the picture beside each data.json of Geometry3K as first published
 MAX_LITERAL = 20_000  # characters of a Python literal inside a text
@@ -91,11 +92,12 @@ def raw_rows(source: str) -> Records:
     elif os.path.isdir(path):
         for file in _files(path, split):
             yield from _from_file(file)
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name) and path.suffix not in READERS:
+    elif re.fullmatch(HUB, name) and path.suffix not in READERS:
         yield from _from_datasets(name, split, None)
     else:
         raise UserError(f"{shown(name)} does not exist: give a file ({', '.join(READERS)}), a folder, or a hub id as "
-                        "owner/set, owner/set@split or owner/set:config@split")
+                        "owner/set, owner/set@split or owner/set:config@split; the files of a built-in recipe are "
+                        "written by the commands in its first lines")
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -310,8 +312,8 @@ def _read_csv(path: Path, name: str) -> Numbered:
         try:
             yield from enumerate(rows, 2)
         except csv.Error as error:
-            raise UserError(f"{name}:{rows.line_num + 1}: unreadable CSV ({reason(error)}); write it again, with quotes "
-                            "around values that hold commas, quotes or line breaks") from error
+            raise UserError(f"{name}:{rows.line_num + 1}: unreadable CSV ({reason(error)}); write it again, with "
+                            "quotes around values that hold commas, quotes or line breaks") from error
 
 
 READERS: dict[str, Callable[[Path, str], Numbered]] = {

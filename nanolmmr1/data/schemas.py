@@ -100,7 +100,10 @@ def _sokoban(record: Record) -> Record:
     return record
 
 
+OURS = "nanolmmr1"  # a column of the rows that prepare, passrate and caption write; its value is their version
 SCHEMAS = (
+    # Rows that we wrote keep the columns of their source, which must not be read a second time.
+    Schema(OURS, (OURS,), {"problem": "problem", "answer": "answer", "images": "images", "options": "options"}),
     # training sources
     Schema("virl39k", ("PassRate_32BTrained", "qid"), change=_virl39k),
     Schema("virl39k", ("qid", "category", "images", "problem")),
@@ -111,8 +114,8 @@ SCHEMAS = (
            {"problem": "extra_info.question", "answer": "reward_model.ground_truth"}, instructed=True),
     Schema("geometry3k", ("images", "problem", "choices", "ground_truth"), {"answer": "answer"}),
     Schema("geometry3k_original", ("problem_text", "problem_type_graph")),
-    Schema("mathv360k", ("conversations", "image", "id"), instructed=True),
     Schema("llava", ("conversations",), instructed=True),
+    Schema("mathv360k", ("conversations", "image", "id"), instructed=True),  # LLaVA's layout: known by its name alone
     Schema("ms_swift", ("messages",), instructed=True),
     Schema("trl", ("prompt", "completion"), instructed=True),
     Schema("trl", ("prompt", "solution"), instructed=True),
@@ -120,7 +123,7 @@ SCHEMAS = (
     # benchmarks
     Schema("mathvista", ("pid", "question", "answer_type", "precision"), change=_mathvista, instructed=True),
     Schema("mathverse", ("problem_version", "question", "query_cot"), change=_mathverse),
-    Schema("mathvision", ("question", "options", "level", "subject", "image")),
+    Schema("mathvision", ("question", "options", "level", "subject", "solution")),
     Schema("olympiadbench", ("final_answer", "question", "answer_type"), change=_olympiad),
     Schema("mmstar", ("question", "l2_category", "meta_info")),
     Schema("mmmu", ("question", "img_type", "topic_difficulty")),
@@ -132,7 +135,7 @@ SCHEMAS = (
     # text, by few columns, so they come last
     Schema("math", ("problem", "type", "level", "solution")),
     Schema("deepscaler", ("problem", "answer", "solution")),
-    Schema("easyr1", ("problem", "answer", "images")),
+    Schema("easyr1", ("problem", "answer", "images")),  # and our own rows
     Schema("gsm8k", ("question", "answer"), alone=True),
 )
 OTHER = Schema("", ())

@@ -1,6 +1,6 @@
 """Rows of the desk recipe: sums of three digits as text, and the same with two digits as an image of handwriting.
 
-Next: ../doctor.py, a check of this machine.
+Next: ../prepare/__main__.py, from published data to rows.
 """
 
 import random

@@ -10,13 +10,14 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from nanolmmr1 import files
+from nanolmmr1 import files, schema
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import NoColumn, load_rows, select_rows
 from nanolmmr1.data.store import Row, Rows
@@ -156,51 +157,15 @@ class _Loader:
         return rows.subset(indices), sizes, digest
 
     def load(self, source: str | list[str]) -> Rows:
-        """All rows of a source. The first rank of each host reads it; the others open the file that it wrote."""
+        """All rows of a source."""
         key = json.dumps(source)
         if key not in self.loaded:
-            read = _Read(*dist.on_host_main(lambda: self._read([source] if isinstance(source, str) else source)))
-            try:
-                rows = dist.together(lambda: Rows(os.open(read.path, os.O_RDONLY), read.starts, read.sizes))
-            finally:
-                if dist.is_host_main():
-                    os.unlink(read.path)  # it lives as long as some rank has it open
-            if len(set(dist.gather(read.digest.encode()))) > 1:
-                raise SharedError(f"{source}: the hosts read different rows; give all hosts the same files")
+            self.loaded[key], read = share_rows(source, self.columns, self.options, self.folder)
             for note in read.notes:
                 self.display.note(note)
             self.found |= set(read.found)
             self.missing = read.missing | self.missing
-            self.loaded[key] = rows
         return self.loaded[key]
-
-    def _read(self, names: list[str]) -> "_Read":
-        """Read sources. One that lacks a named column is read without that name, if another source has it."""
-        file, path = tempfile.mkstemp(prefix=".rows.", dir=self.folder)
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(os.unlink, path)
-            rows, notes, missing, found = Rows(file), list[str](), dict[str, str](), set[str]()
-            for name in names:
-                columns, lacks = dict(self.columns), list[NoColumn]()
-                while True:
-                    try:
-                        loaded = load_rows(name, columns, self.options.on_bad_row, self.options.image_dir, rows)
-                        break
-                    except NoColumn as error:
-                        lacks.append(error)
-                        del columns[error.ours]
-                    except UserError as error:
-                        raise lacks[0] if lacks else error from None
-                found |= set(columns)
-                missing = {error.ours: str(error) for error in lacks} | missing
-                rows.extend(loaded.rows)
-                notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
-            digest = hashlib.sha256()
-            for row in rows:
-                digest.update(f"{row.problem}\t{row.answer}\t{row.caption}\n".encode())
-            on_error.pop_all()
-        return _Read(path, rows.starts.tolist(), rows.sizes.tolist(), notes, digest.hexdigest(), sorted(found),
-                     missing)  # fmt: skip
 
     def check_columns(self) -> None:
         """Refuse a name of prompt.columns that no source has."""
@@ -222,7 +187,61 @@ class _Loader:
         return kept.indices, kept.sizes, kept.dropped, kept.unusable + kept.golds, digest
 
 
-class _Read(NamedTuple):
+def share_rows(
+    source: str | list[str], columns: dict[str, str], options: schema.Data, folder: Path | None
+) -> tuple[Rows, "Read"]:
+    """All rows of a source. The first rank of each host reads it; the others open the file that it wrote.
+
+    Args:
+        folder: of that file; None: the system's for temporary files.
+
+    Raises:
+        UserError: see load_rows; or the hosts read different rows.
+    """
+    names = [source] if isinstance(source, str) else source
+    read = Read(*dist.on_host_main(lambda: _read(names, columns, options, folder)))
+    try:
+        rows = dist.together(lambda: Rows(os.open(read.path, os.O_RDONLY), read.starts, read.sizes))
+    finally:
+        if dist.is_host_main():
+            os.unlink(read.path)  # it lives as long as some rank has it open
+    if len(set(dist.gather(read.digest.encode()))) > 1:
+        raise SharedError(f"{source}: the hosts read different rows; give all hosts the same files")
+    return rows, read
+
+
+def _read(names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None) -> "Read":
+    """Read sources. One that lacks a named column is read without that name, if another source has it."""
+    file, path = tempfile.mkstemp(prefix=".rows.", dir=folder)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(os.unlink, path)
+        rows, notes, missing, found = Rows(file), list[str](), dict[str, str](), set[str]()
+        dropped = Counter[str]()
+        for name in names:
+            present, lacks = dict(columns), list[NoColumn]()
+            while True:
+                try:
+                    loaded = load_rows(name, present, options.on_bad_row, options.image_dir, rows)
+                    break
+                except NoColumn as error:
+                    lacks.append(error)
+                    del present[error.ours]
+                except UserError as error:
+                    raise lacks[0] if lacks else error from None
+            found |= set(present)
+            missing = {error.ours: str(error) for error in lacks} | missing
+            rows.extend(loaded.rows)
+            dropped += Counter(loaded.dropped)
+            notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(f"{row.problem}\t{row.answer}\t{row.caption}\n".encode())
+        on_error.pop_all()
+    return Read(path, rows.starts.tolist(), rows.sizes.tolist(), notes, digest.hexdigest(), dict(dropped),
+                sorted(found), missing)  # fmt: skip
+
+
+class Read(NamedTuple):
     """What the first rank of a host read, for its other ranks."""
 
     path: str  # of the rows
@@ -230,6 +249,7 @@ class _Read(NamedTuple):
     sizes: list[int]
     notes: list[str]
     digest: str  # of all texts
+    dropped: dict[str, int]  # bad rows by reason
     found: list[str]  # keys of prompt.columns that some source has
     missing: dict[str, str]  # and those that some source lacks, with the message
 

@@ -1,0 +1,209 @@
+"""From a published data set to training rows.
+
+    python -m nanolmmr1.prepare SCHEMA SOURCE OUT [--against BENCHMARK ...] [dotted.key=value ...]
+
+SCHEMA is the layout of the rows, such as virl39k (see --help), or `auto`: by their columns. SOURCE is a file, a
+folder, or a hub id, whose files are then downloaded; pictures may be files, bytes in the rows, or in a .zip or .tar
+beside them. OUT is a .jsonl file, with its pictures in a folder beside it, or a .parquet file with the pictures inside. Rows are
+dropped if they cannot be read, if no response can earn their reward, if an earlier row asks the same, or if they repeat
+a row of a BENCHMARK, a source as well. OUT.report.json lists every row that a benchmark may hold, dropped or not.
+
+Keys are those of a recipe: prompt.columns, data.image_dir, reward.option_value; defaults.data_filter keeps a band of a
+numeric column; with model=FOLDER, prompts over defaults.max_prompt_tokens are dropped.
+
+A command that was killed goes on where it was, and one that has finished does nothing.
+
+Next: check.py, whether a row can be trained on.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nanolmmr1 import config
+from nanolmmr1.data import schemas
+from nanolmmr1.data.prompt import Processor
+from nanolmmr1.data.readers import HUB, reason, shown
+from nanolmmr1.data.rows import FIRST, Loaded, load_rows
+from nanolmmr1.data.store import Rows
+from nanolmmr1.errors import UserError
+from nanolmmr1.files import write_atomically
+from nanolmmr1.model import weights
+from nanolmmr1.prepare.check import Checks
+from nanolmmr1.prepare.decontaminate import Contamination
+from nanolmmr1.prepare.journal import Journal
+from nanolmmr1.prepare.output import check_output, picture_folder, to_record, write_rows
+from nanolmmr1.prepare.sampling import print_table, run
+from nanolmmr1.report.display import Display
+from nanolmmr1.reward.judge import Judge
+from nanolmmr1.schema import Recipe
+
+NO_MODEL = "none"  # a recipe must name a model, and prompts may be measured without
+CHUNK = 256  # rows between two writes to the journal
+FORMAT = 1  # of the journal and of what is kept; raised when earlier work must not be used
+
+
+def main(args: list[str]) -> None:
+    """Prepare the rows of one source.
+
+    Raises:
+        UserError: a source or OUT is wrong, or no row is left. What was finished is kept.
+    """
+    parser = argparse.ArgumentParser(prog="python -m nanolmmr1.prepare", description=__doc__.partition("Next:")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("schema", metavar="SCHEMA", choices=["auto", *schemas.NAMES],
+                        help=f"auto, {', '.join(schemas.NAMES)}")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--against", metavar="BENCHMARK", nargs="+", default=[])
+    given = [arg for arg in args if re.match(r"[a-z_.]+=", arg)]
+    options = parser.parse_args([arg for arg in args if arg not in given])
+    cfg = config.load("single", [f"model={NO_MODEL}", f"defaults.data={NO_MODEL}", *given])
+    source = fetch(options.source)
+    check_output(options.out, source)
+    work = {"format": FORMAT, "schema": options.schema, "source": source, "keys": given, "files": state(source),
+            "against": {name: state(fetch(name)) for name in options.against}}  # fmt: skip
+    report = options.out.with_suffix(".report.json")
+    if (done := finished(options.out, report, work)) is None:
+        schema = options.schema if options.schema != "auto" else ""
+        done = prepare(cfg, schema, source, options.out, options.against, work)
+        write_atomically(report, (json.dumps(done, indent=1) + "\n").encode())
+        Path(f"{options.out}.journal").unlink(missing_ok=True)
+    show(done, options.out)
+    if not done["kept"]:
+        raise UserError(f"{shown(source)}: no row is left; the table above says why")
+
+
+def fetch(source: str) -> str:
+    """A source on this machine: a hub data set is downloaded, as the files that it consists of.
+
+    Raises:
+        UserError: it is neither here nor on the hub.
+    """
+    name, at, split = source.rpartition("@")
+    name, split = (name, f"@{split}") if at and not os.path.exists(source) else (source, "")
+    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(HUB, name):
+        return source
+    hub_id, _, folder = name.partition(":")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return os.path.join(snapshot_download(hub_id, repo_type="dataset"), folder).rstrip("/") + split
+    except Exception as error:  # any type: an unreachable hub, no such set, a full disk
+        raise UserError(f"{shown(hub_id)} is no file or folder here, and cannot be downloaded: {reason(error)}") \
+            from error
+
+
+def state(source: str) -> str:
+    """A hash of names, sizes and times of a source's files."""
+    path = Path(os.path.expanduser(source if os.path.exists(source) else source.rpartition("@")[0] or source))
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
+        status = file.stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def finished(out: Path, report: Path, work: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of the same work, if it is done.
+
+    Raises:
+        UserError: OUT is a file that this command did not write.
+    """
+    if not out.exists():
+        return None
+    try:
+        done = json.loads(report.read_bytes())
+        return done if done["work"] == work else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"OUT={shown(out)} is there, and no report of this command beside it ({reason(error)}): choose "
+                        "another output, or delete it") from error
+
+
+def prepare(
+    cfg: Recipe, schema: str, source: str, out: Path, against: list[str], work: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Read, check and write rows; the report."""
+    began = time.monotonic()
+    benchmarks, sizes = Contamination() if against else None, dict[str, int]()
+    for name in against:
+        held = load_rows(fetch(name), rows=Rows.temporary(out.parent))
+        print("\n".join(held.notes))
+        sizes[name] = len(held.rows)
+        assert benchmarks is not None, "there are benchmarks"
+        benchmarks.add(name, held.rows)
+    read = load_rows(source, cfg.prompt.columns, cfg.data.on_bad_row, cfg.data.image_dir, Rows.temporary(out.parent),
+                     schema, decode=False)
+    print("\n".join(read.notes))
+    processor = Processor(weights.find(cfg.model), cfg.prompt) if cfg.model != NO_MODEL else None
+    with (
+        Journal(Path(f"{out}.journal"), work) as journal,
+        Judge(cfg.reward) as judge,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        checks = Checks(cfg.phases["train"], judge, processor, benchmarks, pool)
+        check_rows(read.rows, checks, journal, out)
+        report = summary(read, journal) | {"work": work, "benchmarks": sizes}
+        report["seconds"] = round(time.monotonic() - began, 1)
+        if report["kept"]:
+            write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]))
+        if out.suffix == ".parquet":
+            shutil.rmtree(picture_folder(out), ignore_errors=True)
+    return report
+
+
+def check_rows(rows: Rows, checks: Checks, journal: Journal, out: Path) -> None:
+    """Check the rows that the journal does not have yet, chunk by chunk."""
+    for chunk in journal.chunks():
+        checks.asked |= chunk["asked"]
+    total = -(-len(rows) // CHUNK)
+    with Display({}) as display, display.busy("checking rows", len(rows)) as advance:
+        advance(journal.done * CHUNK)
+        for number in range(journal.done, total):
+            chunk, before = list(rows[number * CHUNK:(number + 1) * CHUNK]), len(checks.asked)
+            kept, dropped, hits = checks.check(chunk)
+            records = [to_record(row, out, copy=True) for row, keep in zip(chunk, kept, strict=True) if keep]
+            os.sync()  # their pictures
+            asked = dict(itertools.islice(checks.asked.items(), before, None))
+            journal.append({"rows": records, "asked": asked, "dropped": dropped, "hits": hits})
+            advance(len(chunk))
+
+
+def summary(read: Loaded, journal: Journal) -> dict[str, Any]:
+    """Counts, the first dropped rows of each reason, and the rows that a benchmark may hold."""
+    counts, first, hits, kept = Counter(read.dropped), dict[str, list[str]](), list[dict[str, Any]](), 0
+    for chunk in journal.chunks():
+        hits += chunk["hits"]
+        kept += len(chunk["rows"])
+        for name, why, text in chunk["dropped"]:
+            counts[why] += 1
+            if len(told := first.setdefault(why, [])) < FIRST:
+                told.append(f"{name}: {text}")
+    return {"read": kept + counts.total(), "kept": kept, "dropped": dict(counts), "first": first, "hits": hits}
+
+
+def show(report: dict[str, Any], out: Path) -> None:
+    """Print what was read, kept and dropped."""
+    lines = [("rows read", f"{report['read']:,}"), (f"kept in {out}", f"{report['kept']:,}")]
+    lines += [(f"dropped: {why}", f"{count:,}") for why, count in Counter(report["dropped"]).most_common()]
+    print_table("prepared", lines)
+    for why, texts in report["first"].items():
+        print(f"{why}; the first: " + " | ".join(texts))
+    for name, rows in report["benchmarks"].items():
+        hits = [hit for hit in report["hits"] if hit["benchmark"] == name]
+        print(f"{name}: {rows:,} rows; {len({h['benchmark_id'] for h in hits if h['dropped']}):,} of them are in "
+              f"{sum(h['dropped'] for h in hits):,} rows, which were dropped; {sum(not h['dropped'] for h in hits):,} "
+              f"rows were kept that look like one (all in {out.with_suffix('.report.json')})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,290 @@
+"""Asking a model for many rows: what `passrate` and `caption` share.
+
+A command is one process, or the ranks that torchrun started. What is not known yet is asked in chunks, by the engine
+that the recipe names, and each finished chunk is kept in the file OUT.cache. Keys name everything that a result depends
+on, and seeds are made of keys. So a chunk has the same results whenever it is asked, and a command that was killed goes
+on where it was.
+
+Next: ../passrate.py, how hard a row is.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py; torch reads it when it is imported
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from nanolmmr1 import config
+from nanolmmr1.data.group import Group
+from nanolmmr1.data.images import ImageItem
+from nanolmmr1.data.prompt import Processor, Prompt
+from nanolmmr1.data.readers import BadRow, reason, shown
+from nanolmmr1.data.store import Row
+from nanolmmr1.errors import Preempted, SharedError, UserError
+from nanolmmr1.model import weights
+from nanolmmr1.parallel import dist
+from nanolmmr1.parallel.signals import Watch
+from nanolmmr1.prepare.journal import Journal
+from nanolmmr1.prepare.output import check_output
+from nanolmmr1.report.display import Display
+from nanolmmr1.rollout.sampler import Sampler, SamplingParams
+from nanolmmr1.run import setup
+from nanolmmr1.schema import Recipe
+from nanolmmr1.terminal import printable, protect
+
+CHUNK = 64  # items asked between two writes to the cache
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMAT = 1  # of results; raised when an older cache must not be used
+Items = Sequence[tuple[str, Any]]  # key, JSON-able item
+Answer = Callable[[Items, Callable[[int], None]], list[Any]]  # see Session.ask
+
+
+def parser(name: str, text: str) -> argparse.ArgumentParser:
+    """A parser of MODEL ROWS OUT [--recipe NAME_OR_FILE] [dotted.key=value ...] for the command nanolmmr1.NAME.
+
+    Args:
+        text: the docstring of its file.
+    """
+    found = argparse.ArgumentParser(prog=f"python -m nanolmmr1.{name}", description=text.partition("Next:")[0],
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("model", metavar="MODEL", help="folder or hub id of a Qwen2.5-VL")
+    found.add_argument("rows", metavar="ROWS", help="file, folder or hub id, as phases.NAME.data of a recipe")
+    found.add_argument("out", metavar="OUT", type=Path, help="a .jsonl or .parquet file")
+    found.add_argument("--recipe", default="single", help="its prompt, rollout, pack and last phase count")
+    found.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="as for train.py")
+    return found
+
+
+def read_recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that a command line names, for its model. Its phases train on the rows if they name no data.
+
+    Raises:
+        UserError: see config.load.
+    """
+    given = [f"model={json.dumps(options.model)}", f"defaults.data={json.dumps(options.rows)}"]
+    return config.load(options.recipe, [*given, *options.overrides])
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command and leave: status 0; 2 after a UserError or on a full disk; 128 + signal number if stopped."""
+    protect()
+    try:
+        main(sys.argv[1:])
+        status = 0
+    except UserError as error:
+        if dist.is_main() or not isinstance(error, SharedError):
+            print(printable(f"error: {error}"), file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: the disk is full ({error}): free some space and start again", file=sys.stderr)
+        status = 2
+    except Preempted as stop:
+        status = stop.exit_status
+    except KeyboardInterrupt as interrupt:  # while nothing is asked, see signals.Watch
+        status = Preempted(signal.Signals(*interrupt.args or (signal.SIGINT,))).exit_status
+    dist.leave(status)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def picture_hash(item: ImageItem) -> str:
+    """sha256 of an image file's bytes, in hex. Raises OSError if it cannot be read."""
+    return hashlib.sha256(item if isinstance(item, bytes) else Path(item).read_bytes()).hexdigest()
+
+
+def print_table(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Print a table of names and numbers."""
+    table = Table(title, Column(justify="right"), box=SIMPLE_HEAD, show_edge=False)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False, highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def opened(cfg: Recipe, source: str, out: Path) -> Iterator["Session"]:
+    """Join the other ranks, read model settings and rows, lock the cache and catch signals: cheap checks first.
+
+    Raises:
+        UserError: recipe, model, rows or output are wrong, or another process writes the same output.
+    """
+    device = setup.choose_device(cfg)
+    setup.check_machine(cfg, device)
+    cfg.output = str(out.parent)  # where the key of vLLM servers lies
+    dist.start(device, cfg.dist.timeout_s, cfg.dist.offload)
+    path = Path(f"{out}.cache")
+    dist.on_main(lambda: _check(out, path, source))
+    with (
+        Display({}, quiet=not dist.is_main()) as display,
+        Watch(out.parent, cfg.dist.hang_s, cfg.dist.timeout_s) as watch,
+        contextlib.ExitStack() as held,
+    ):
+        watch.defer = False  # a signal ends the process at once, but for `Session.ask`
+        session = Session(cfg, source, device, display, watch)
+        held.callback(session.close)
+        dist.on_main(lambda: session.open_cache(held.enter_context(Journal(path, {"format": FORMAT}))))
+        yield session
+
+
+def _check(out: Path, cache: Path, source: str) -> None:
+    check_output(out, source)
+    if out.exists() and not cache.exists():
+        raise UserError(f"OUT={shown(out)} is there, and no {shown(cache.name)} of this command beside it: choose "
+                        "another output, or delete it")
+
+
+class Session:
+    """A model and the rows to ask it about. Its methods are called on all ranks together, unless they say otherwise.
+
+    Attributes:
+        phase: the recipe's last, whose sampling settings and prompt limit count. folder: of the model.
+        known: key -> result, on rank 0. sampler: loaded when it is first needed.
+    """
+
+    cache: Journal  # on rank 0
+
+    def __init__(self, cfg: Recipe, source: str, device: str, display: Display, watch: Watch) -> None:
+        self.cfg, self.device, self.display, self.watch = cfg, device, display, watch
+        self.phase = list(cfg.phases.values())[-1]
+        dist.together(lambda: dist.is_host_main() and weights.find(cfg.model))  # download once per host
+        self.folder = dist.together(lambda: weights.find(cfg.model))
+        dist.together(lambda: weights.read_config(self.folder))
+        self.processor = dist.together(lambda: Processor(self.folder, cfg.prompt))
+        self.rows, read = setup.share_rows(source, cfg.prompt.columns, cfg.data, Path(cfg.output))
+        self.dropped = read.dropped
+        for lacks in read.missing.values():
+            raise UserError(lacks)
+        for note in read.notes:
+            display.note(note)
+        self.known: dict[str, Any] = {}
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        policy = setup.load_policy(self.cfg, self.folder, self.device, self.processor)
+        return setup.make_sampler(self.cfg, policy, self.folder, self.processor, self.display.note)
+
+    def close(self) -> None:
+        if "sampler" in vars(self):
+            self.sampler.close()
+
+    def open_cache(self, cache: Journal) -> None:
+        """Take over an open cache and read it; on rank 0. A picture that could not be read may be back."""
+        self.cache = cache
+        for chunk in cache.chunks():
+            self.known |= {key: result for key, result in chunk.items()
+                           if not (isinstance(result, str) and result.startswith("picture"))}  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """What every result depends on: all of the model's files, prompt settings, prompt limit and seed; on rank 0.
+
+        The engine and its precision are not among them: two engines sample from one distribution.
+        """
+        paths = {*weights.weight_files(self.folder)}
+        paths |= {path for pattern in weights.COMPANIONS for path in self.folder.glob(pattern)}
+        hashes = []
+        try:
+            with self.display.busy("hashing the model's files", len(paths)) as advance:
+                for path in sorted(paths):
+                    with open(path, "rb") as file:
+                        hashes.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+                    advance()
+        except OSError as error:
+            raise UserError(f"{shown(self.folder)} cannot be read: {reason(error)}") from error
+        prompt = self.cfg.prompt.model_dump(exclude={"columns"})
+        return dict(model=hashes, prompt=prompt, most=self.phase.max_prompt_tokens, seed=self.cfg.seed)
+
+    def ask(self, what: str, find: Callable[[], dict[str, Any]], answer: Answer) -> int:
+        """Have everything answered that is not known yet; rank 0 then knows it.
+
+        Args:
+            what: for the display.
+            find: called on rank 0; returns key -> JSON-able item, of all that must be known.
+            answer: called on every rank with its share of a chunk and with a function that counts progress; returns a
+                JSON-able result per item. Ranks that share an engine have the same share.
+
+        Returns:
+            The number of items that were asked.
+
+        Raises:
+            Preempted: a signal asked the command to stop; finished chunks are kept. UserError: the engine failed.
+        """
+        todo: Items = dist.on_main(lambda: [(key, item) for key, item in find().items() if key not in self.known])
+        if not todo:
+            return 0
+        ranks = self.sampler.ranks_per_engine
+        engines, engine, done = dist.size() // ranks, dist.rank() // ranks, 0
+        chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+        shares = [chunk[dist.my_slice(len(chunk), engines, engine)] for chunk in chunks]
+        self.watch.defer = True
+        try:
+            with self.display.busy(what, sum(map(len, shares))) as advance:
+                for chunk, share in zip(chunks, shares, strict=True):
+                    with self.watch.stage(what, done):
+                        self._ask_chunk(chunk, share, ranks, functools.partial(answer, share, advance))
+                    done += len(chunk)
+        except Preempted as stop:
+            stop.signal = signal.Signals(self.watch.stopping or signal.SIGTERM)  # without one: another rank got it
+            self.display.note(f"stopped by {stop.signal.name} with {done} of {len(todo)} answers kept: start the same "
+                              "command again to go on")  # fmt: skip
+            raise
+        self.watch.defer = False
+        return len(todo)
+
+    def _ask_chunk(self, chunk: Items, share: Items, ranks: int, answer: Callable[[], list[Any]]) -> None:
+        def results() -> list[Any]:
+            self.watch.check()
+            return answer() if share else []
+
+        messages = dist.gather(json.dumps(dist.together(results)).encode())[::ranks]
+        answers = [result for message in messages for result in json.loads(message)]
+        found = {key: result for (key, _), result in zip(chunk, answers, strict=True)}
+        dist.on_main(lambda: self.cache.append(found))
+        self.known.update(found)
+
+    def generate(
+        self, rows: Sequence[Row], keys: Sequence[str], params: SamplingParams, captions: bool,
+        advance: Callable[[int], None],
+    ) -> list[Group | str]:
+        """Sample a group per row, with seeds made of the keys; for a row that cannot be asked, the reason.
+
+        Called on this rank alone, inside `ask`.
+        """
+        prompts = [self._prompt(row, captions) for row in rows]
+        seeds = [(int(key[:8], 16), int(key[8:16], 16)) for key in keys]
+        asked = [(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True) if isinstance(prompt, Prompt)]
+        advance(len(rows) - len(asked))
+        groups = iter(self.sampler.generate(
+            [prompt for prompt, _ in asked], params, [seed for _, seed in asked], on_progress=advance,
+            should_stop=self.watch.should_stop,
+        ) if asked else ())  # fmt: skip
+        return [next(groups) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+
+    def _prompt(self, row: Row, captions: bool) -> Prompt | str:
+        """The prompt of a row, or the reason why there is none."""
+        self.watch.check()
+        most, processor = self.phase.max_prompt_tokens, self.processor
+        # A text that must be too long is not tokenized, which takes 200 bytes per character.
+        try:
+            if processor.at_least(row, captions) > most or processor.measure(row, captions)[0] > most:
+                return "prompt too long"
+            return processor.prepare(row, captions)
+        except BadRow as error:
+            return error.kind
+        except UserError:
+            return "no prompt"
