@@ -74,7 +74,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
         folder.mkdir(exist_ok=True)
-        print("\n".join(measure(folder, options.rows, options.ranks)))
+        for line in measure(folder, options.rows, options.ranks):
+            print(line, flush=True)
 
 
 def measure(folder, count, ranks):

@@ -4,9 +4,10 @@
 
 SCHEMA is the layout of the rows, such as virl39k (see --help), or `auto`: by their columns. SOURCE is a file, a
 folder, or a hub id, whose files are then downloaded; pictures may be files, bytes in the rows, or in a .zip or .tar
-beside them. OUT is a .jsonl file, with its pictures in a folder beside it, or a .parquet file with the pictures inside. Rows are
-dropped if they cannot be read, if no response can earn their reward, if an earlier row asks the same, or if they repeat
-a row of a BENCHMARK, a source as well. OUT.report.json lists every row that a benchmark may hold, dropped or not.
+beside them. OUT is a .jsonl file, with its pictures in a folder beside it, or a .parquet file with the pictures inside.
+Rows are dropped if they cannot be read, if no response can earn their reward, if an earlier row asks the same, or if
+they repeat a row of a BENCHMARK, which is a source as well. OUT.report.json lists every row that a benchmark may hold,
+dropped or not.
 
 Keys are those of a recipe: prompt.columns, data.image_dir, reward.option_value; defaults.data_filter keeps a band of a
 numeric column; with model=FOLDER, prompts over defaults.max_prompt_tokens are dropped.
@@ -72,12 +73,13 @@ def main(args: list[str]) -> None:
     check_output(options.out, source)
     work = {"format": FORMAT, "schema": options.schema, "source": source, "keys": given, "files": state(source),
             "against": {name: state(fetch(name)) for name in options.against}}  # fmt: skip
-    report = options.out.with_suffix(".report.json")
-    if (done := finished(options.out, report, work)) is None:
+    journal = Path(f"{options.out}.journal")
+    if (done := finished(options.out, journal, work)) is None:
         schema = options.schema if options.schema != "auto" else ""
         done = prepare(cfg, schema, source, options.out, options.against, work)
-        write_atomically(report, (json.dumps(done, indent=1) + "\n").encode())
-        Path(f"{options.out}.journal").unlink(missing_ok=True)
+        journal.unlink()  # last: while it is there, the work is not done
+    if options.out.suffix == ".parquet":  # which holds them
+        shutil.rmtree(picture_folder(options.out), ignore_errors=True)
     show(done, options.out)
     if not done["kept"]:
         raise UserError(f"{shown(source)}: no row is left; the table above says why")
@@ -113,16 +115,20 @@ def state(source: str) -> str:
     return digest.hexdigest()
 
 
-def finished(out: Path, report: Path, work: dict[str, Any]) -> dict[str, Any] | None:
+def report_path(out: Path) -> Path:
+    return out.with_suffix(".report.json")
+
+
+def finished(out: Path, journal: Path, work: dict[str, Any]) -> dict[str, Any] | None:
     """The report of the same work, if it is done.
 
     Raises:
         UserError: OUT is a file that this command did not write.
     """
-    if not out.exists():
+    if not out.exists() or journal.exists():
         return None
     try:
-        done = json.loads(report.read_bytes())
+        done = json.loads(report_path(out).read_bytes())
         return done if done["work"] == work else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"OUT={shown(out)} is there, and no report of this command beside it ({reason(error)}): choose "
@@ -132,7 +138,7 @@ def finished(out: Path, report: Path, work: dict[str, Any]) -> dict[str, Any] | 
 def prepare(
     cfg: Recipe, schema: str, source: str, out: Path, against: list[str], work: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    """Read, check and write rows; the report."""
+    """Read, check and write rows, after the report of it."""
     began = time.monotonic()
     benchmarks, sizes = Contamination() if against else None, dict[str, int]()
     for name in against:
@@ -154,10 +160,9 @@ def prepare(
         check_rows(read.rows, checks, journal, out)
         report = summary(read, journal) | {"work": work, "benchmarks": sizes}
         report["seconds"] = round(time.monotonic() - began, 1)
+        write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
         if report["kept"]:
             write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]))
-        if out.suffix == ".parquet":
-            shutil.rmtree(picture_folder(out), ignore_errors=True)
     return report
 
 
@@ -202,7 +207,7 @@ def show(report: dict[str, Any], out: Path) -> None:
         hits = [hit for hit in report["hits"] if hit["benchmark"] == name]
         print(f"{name}: {rows:,} rows; {len({h['benchmark_id'] for h in hits if h['dropped']}):,} of them are in "
               f"{sum(h['dropped'] for h in hits):,} rows, which were dropped; {sum(not h['dropped'] for h in hits):,} "
-              f"rows were kept that look like one (all in {out.with_suffix('.report.json')})")
+              f"rows were kept that look like one (all in {report_path(out)})")
 
 
 if __name__ == "__main__":
