@@ -72,3 +72,15 @@ def test_a_file_that_was_cut_is_noticed():
     assert store[0] == FULL
     with pytest.raises(AssertionError, match="the file was cut"):
         store[1]
+
+
+def test_a_sealed_file_is_opened_by_its_name(tmp_path):
+    path = str(tmp_path / "rows")
+    for rows in ([FULL, Row("Q", "1")], []):
+        store = Rows(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+        for row in rows:
+            store.append(row)
+        store.seal()
+        opened = Rows.open(path)
+        os.unlink(path)
+        assert list(opened) == rows, "also when the name is gone"

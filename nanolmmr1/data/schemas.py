@@ -70,7 +70,7 @@ def _mathvista(record: Record) -> Record:
     choices, answer, unit = record.get("choices"), record.get("answer"), record.get("unit")
     if isinstance(choices, list) and answer in choices[:26]:
         record = record | {"answer": chr(65 + choices.index(answer))}
-    return record | {"question": f"{record['question']} (Unit: {unit})"} if unit else record
+    return record | {"question": f"{record['question']} (Unit: {unit})"} if unit and record["question"] else record
 
 
 def _mathverse(record: Record) -> Record:
@@ -80,14 +80,15 @@ def _mathverse(record: Record) -> Record:
 
 def _olympiad(record: Record) -> Record:
     """Questions of physics may share a context."""
-    return record | {"question": f"{record['context']}\n{record['question']}"} if record.get("context") else record
+    parts = [record.get("context"), record["question"]]
+    return record | {"question": "\n".join(parts)} if all(isinstance(part, str) and part for part in parts) else record
 
 
 def _gpqa(record: Record) -> Record:
     """Options in an order that is a function of the question: the data has the right one first."""
-    options = [str(record.get(name, "")).strip() for name in
+    options = [str(record.get(name) or "").strip() for name in
                ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")]
-    right, question = options[0], str(record["Question"])
+    right, question = options[0], str(record["Question"] or "")
     options.sort(key=lambda option: hashlib.sha256(f"{question}\n{option}".encode()).digest())
     return {"id": record.get("Record ID"), "problem": question, "options": options,
             "answer": chr(65 + options.index(right))} | record

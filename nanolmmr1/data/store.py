@@ -9,6 +9,7 @@ Next: columns.py, the columns of a record.
 
 import json
 import os
+import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+INDEX = array("Q")  # its type is that of positions in a file
 ImageItem = str | bytes  # an absolute path, or the bytes of an image file
 
 
@@ -49,6 +51,13 @@ class _File:
     def __del__(self) -> None:
         os.close(self.number)
 
+    def write(self, data: bytes) -> None:
+        """Write behind the end; a single call to the system may take a part."""
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self.number, left, self.end)
+            self.end, left = self.end + written, left[written:]
+
 
 class Rows(Sequence[Row]):
     """Rows in a file. Subsets share it; it is closed with the last of them.
@@ -60,7 +69,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, file: int | _File, starts: Iterable[int] = (), sizes: Iterable[int] = ()) -> None:
         self.file = _File(file) if isinstance(file, int) else file
-        self.starts, self.sizes = array("Q", starts), array("Q", sizes)
+        self.starts, self.sizes = array(INDEX.typecode, starts), array(INDEX.typecode, sizes)
 
     @classmethod
     def temporary(cls, folder: Path | None = None) -> "Rows":
@@ -73,16 +82,29 @@ class Rows(Sequence[Row]):
         os.unlink(path)
         return cls(file)
 
+    @classmethod
+    def open(cls, path: str) -> "Rows":
+        """The rows of a file that was sealed."""
+        rows = cls(os.open(path, os.O_RDONLY))
+        file, end = rows.file.number, rows.file.end - INDEX.itemsize
+        size = INDEX.itemsize * int.from_bytes(os.pread(file, INDEX.itemsize, end), sys.byteorder)
+        rows.starts.frombytes(os.pread(file, size, end - 2 * size))
+        rows.sizes.frombytes(os.pread(file, size, end - size))
+        return rows
+
     def append(self, row: Row) -> None:
         """Write a row behind the last one that was written."""
         pictures = [item for item in row.images if isinstance(item, bytes)]
         fields = vars(row) | {"images": [len(item) if isinstance(item, bytes) else item for item in row.images]}
-        data = memoryview(b"".join([json.dumps(fields).encode(), b"\n", *pictures]))
+        data = b"".join([json.dumps(fields).encode(), b"\n", *pictures])
         self.starts.append(self.file.end)
         self.sizes.append(len(data))
-        while data:
-            written = os.pwrite(self.file.number, data, self.file.end)
-            self.file.end, data = self.file.end + written, data[written:]
+        self.file.write(data)
+
+    def seal(self) -> None:
+        """Write the index behind the rows, so that others can open the file by its name."""
+        for part in (self.starts, self.sizes, array(INDEX.typecode, [len(self)])):
+            self.file.write(part.tobytes())
 
     def extend(self, others: "Rows") -> None:
         """Add rows of the same file."""

@@ -205,8 +205,14 @@ def on_main(work: Callable[[], T]) -> T:
     """
     if size() == 1:
         return work()
-    message = together(lambda: json.dumps(work()) if is_main() else "")
-    return json.loads(gather(message.encode())[0])
+    data = together(lambda: json.dumps(work()) if is_main() else "").encode()
+    count = torch.tensor(len(data))
+    td.broadcast(count, 0)
+    message = torch.empty(int(count), dtype=torch.uint8)
+    if is_main():
+        message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    td.broadcast(message, 0)
+    return json.loads(message.numpy().tobytes())
 
 
 def on_host_main(work: Callable[[], T]) -> T:

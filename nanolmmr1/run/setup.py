@@ -201,7 +201,7 @@ def share_rows(
     names = [source] if isinstance(source, str) else source
     read = Read(*dist.on_host_main(lambda: _read(names, columns, options, folder)))
     try:
-        rows = dist.together(lambda: Rows(os.open(read.path, os.O_RDONLY), read.starts, read.sizes))
+        rows = dist.together(lambda: Rows.open(read.path))
     finally:
         if dist.is_host_main():
             os.unlink(read.path)  # it lives as long as some rank has it open
@@ -236,17 +236,15 @@ def _read(names: list[str], columns: dict[str, str], options: schema.Data, folde
         digest = hashlib.sha256()
         for row in rows:
             digest.update(f"{row.problem}\t{row.answer}\t{row.caption}\n".encode())
+        rows.seal()
         on_error.pop_all()
-    return Read(path, rows.starts.tolist(), rows.sizes.tolist(), notes, digest.hexdigest(), dict(dropped),
-                sorted(found), missing)  # fmt: skip
+    return Read(path, notes, digest.hexdigest(), dict(dropped), sorted(found), missing)
 
 
 class Read(NamedTuple):
     """What the first rank of a host read, for its other ranks."""
 
     path: str  # of the rows
-    starts: list[int]
-    sizes: list[int]
     notes: list[str]
     digest: str  # of all texts
     dropped: dict[str, int]  # bad rows by reason
