@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
     cfg.prompt = cfg.prompt.model_copy(update={"system": "", "template": "{problem}"})
     # A vLLM engine has room for the longest of phases and evaluation.
     cfg.evaluate.max_response_tokens = max(cfg.evaluate.max_response_tokens or 0, cfg.caption.max_tokens)
-    with sampling.opened(cfg, options.rows, options.out) as session:
+    with sampling.opened(cfg, options.rows, options.out, "caption") as session:
         Captions(session, options.leak).write(options.out)
 
 

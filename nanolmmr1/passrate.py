@@ -10,7 +10,7 @@ with the column `pass_rate`, which is null for a row that cannot be asked. With 
 markers are left out, and the column is `pass_rate_without_images`: a row that is solved without its picture needs none.
 
 Results are kept in OUT.cache, by the contents of rows, settings and model. The same command goes on after a kill; later
-commands with this OUT ask only what is new. Rows with the same contents are asked once.
+ones with this OUT and column ask only what is new. Rows with the same contents are asked once.
 
 Exit status: 0; 2 something is wrong (the message says what); 143 or 130 stopped by SIGTERM or Ctrl-C.
 
@@ -25,7 +25,8 @@ from typing import Any
 
 from nanolmmr1.data.columns import COLUMNS
 from nanolmmr1.data.images import MARKER
-from nanolmmr1.data.rows import Row
+from nanolmmr1.data.schemas import OURS
+from nanolmmr1.data.store import Row
 from nanolmmr1.errors import UserError
 from nanolmmr1.parallel import dist
 from nanolmmr1.prepare import sampling
@@ -44,14 +45,14 @@ def main(args: list[str]) -> None:
     parser.add_argument("--column", help="its name, instead of pass_rate or pass_rate_without_images")
     options = parser.parse_intermixed_args(args)
     column = options.column or "pass_rate" + "_without_images" * options.without_images
-    if column in COLUMNS:
+    if column in {OURS, *COLUMNS} or column.startswith("video"):
         raise UserError(f"--column={column} is a column of the rows: choose another name")
     if not 0 < options.samples <= 1 << 16:
         raise UserError(f"--samples={options.samples}: 1 to {1 << 16} are possible")
     cfg = sampling.read_recipe(options)
     # Only the accuracy counts, and a user's function may cost money.
     reward = cfg.reward.model_copy(update={"functions": {}})
-    with sampling.opened(cfg, options.rows, options.out) as session, Judge(reward) as judge:
+    with sampling.opened(cfg, options.rows, options.out, column) as session, Judge(reward) as judge:
         judge.workers.between = session.watch.check
         PassRate(session, judge, options.samples, options.without_images).write(options.out, column)
 

@@ -182,13 +182,15 @@ def test_another_picture_or_another_model_asks_again(rows, small_model, asked, t
 
 
 def test_without_images_the_model_sees_none(rows, small_model, asked):
-    out = rows.with_name("out.jsonl")
+    out, both = rows.with_name("out.jsonl"), rows.with_name("both.jsonl")
     run_main(passrate, small_model, rows, out, "--samples", 1, *FEW)
-    run_main(passrate, small_model, rows, out, "--samples", 1, "--without-images", *FEW)
-    assert "image_pad" in asked[0] and len(asked) == 4  # rows of text are the same as with
+    run_main(passrate, small_model, out, both, "--samples", 1, "--without-images", *FEW)
+    assert "image_pad" in asked[0] and len(asked) == 6
     assert "How many?" in asked[3] and "image" not in asked[3]
-    assert all("pass_rate_without_images" in row and "pass_rate" not in row for row in rows_of(out))
-    assert rows_of(out)[0]["images"] == ["red.png"] and "<image>" in rows_of(out)[0]["problem"]
+    assert all("pass_rate_without_images" in row and "pass_rate" in row for row in rows_of(both))
+    assert rows_of(both)[0]["images"] == ["red.png"] and "<image>" in rows_of(both)[0]["problem"]
+    with pytest.raises(UserError, match="holds work with column=pass_rate, not pass_rate_without_images"):
+        run_main(passrate, small_model, rows, out, "--samples", 1, "--without-images", *FEW)
 
 
 def test_no_optimizer_is_allocated_and_a_user_function_is_not_called(rows, small_model, monkeypatch):

@@ -36,7 +36,7 @@ def write(path, *rows):
 
 
 def report(out):
-    return json.loads(out.with_suffix(".report.json").read_text())
+    return json.loads(Path(f"{out}.report.json").read_text())
 
 
 LONG = ("A train leaves the station of a small town at seven in the morning and drives at fifty kilometres per hour; "
@@ -52,7 +52,8 @@ def test_every_reason_to_drop_a_row_is_counted_with_its_first_rows(tmp_path, cap
         tmp_path / "in/rows.jsonl",
         find | dict(id="first", images=["a.png"]), find | dict(id="other picture", images=["b.png"]),
         find | dict(id="same pixels", images=["again.png"]),
-        find | dict(id="same, other case", problem="<image>FIND  x.", images=["a.png"]),
+        find | dict(id="same, wider", problem="<image>Find  x.", answer="#### 3", images=["a.png"]),
+        find | dict(id="other case", problem="<image>Find X.", images=["a.png"]),
         find | dict(id="contradiction", answer="4", images=["a.png"]),
         find | dict(id="broken", images=["broken.png"]), find | dict(id="gone", images=["gone.png"]),
         find | dict(id="easy", images=["b.png"], rate=1.0), find | dict(id="unmeasured", images=["b.png"], rate=None),
@@ -67,8 +68,8 @@ def test_every_reason_to_drop_a_row_is_counted_with_its_first_rows(tmp_path, cap
     assert made["dropped"] == {
         "picture missing": 1, "duplicate": 2, "duplicate with another answer": 1, "picture broken": 1,
         "rate outside of [0.1, 0.9]": 1, "no number in rate": 1, made_reason(made): 1, "in a benchmark": 1}
-    assert (made["read"], made["kept"]) == (13, 4)
-    assert [row.id for row in load_rows(str(out)).rows] == ["first", "other picture", "text", "near"]
+    assert (made["read"], made["kept"]) == (14, 5)
+    assert [row.id for row in load_rows(str(out)).rows] == ["first", "other picture", "other case", "text", "near"]
     assert made["first"]["in a benchmark"] == [f"leak: {bench} b7"]
     assert made["first"]["duplicate"][0].startswith("same pixels: an earlier row has the same problem")
     hits = {hit["id"]: hit for hit in made["hits"]}
@@ -103,7 +104,7 @@ def test_a_finished_command_does_nothing_and_a_changed_one_starts_anew(tmp_path,
     write(Path(source), dict(problem="3+3?", answer="6"))
     main(["auto", source, str(out)])
     assert [row.answer for row in load_rows(str(out)).rows] == ["6"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.report.json"]
 
 
 def test_what_cannot_be_prepared_is_refused_before_any_work(tmp_path):
@@ -112,7 +113,8 @@ def test_what_cannot_be_prepared_is_refused_before_any_work(tmp_path):
     mine.write_text("my notes\n")
     out = str(tmp_path / "out.jsonl")
     for args, words in [
-        ([source, str(mine)], "no report of this command beside it"), ([source, source], "is, or lies in"),
+        ([source, str(mine)], "mine.jsonl is there, and is not as this command left it"),
+        ([source, source], "is, or lies in"),
         ([source, str(tmp_path / "out.csv")], "a .csv file is not written"),
         (["gone.jsonl", out], "gone.jsonl does not exist"), ([source, out, "prompt.colums={}"], "prompt.columns"),
         ([source, out, "--against", "gone"], "gone does not exist"),
@@ -124,8 +126,74 @@ def test_what_cannot_be_prepared_is_refused_before_any_work(tmp_path):
     with pytest.raises(SystemExit):
         main(["no_schema", source, out])
     write(tmp_path / "set/rows.jsonl", dict(problem="1+1?", answer="2"))
+    (tmp_path / "set/deep").mkdir()
+    with pytest.raises(UserError, match="is, or lies in"):
+        main(["auto", source, str(tmp_path / "set/deep/er/out.jsonl"), "--against", str(tmp_path / "set")])
     with pytest.raises(UserError, match="its pictures would be written to .*set, where .*set/rows.jsonl is"):
         main(["auto", str(tmp_path / "set/rows.jsonl"), str(tmp_path / "set.jsonl")])
+
+
+def test_files_of_the_user_beside_the_output_are_left_alone(tmp_path):
+    source = write(tmp_path / "in.jsonl", dict(problem="1+1?", answer="2"))
+    main(["auto", source, str(tmp_path / "a/rows.jsonl")])
+    (tmp_path / "a/rows.parquet").write_text("mine")  # of the same name but for the suffix
+    write(tmp_path / "b/rows.jsonl.report.json", dict(mine=1))
+    (tmp_path / "c/rows.parquet.pictures").mkdir(parents=True)
+    (tmp_path / "d/rows").mkdir(parents=True)
+    for out in ("a/rows.parquet", "b/rows.jsonl", "c/rows.parquet", "d/rows.jsonl"):
+        with pytest.raises(UserError, match="is there, and is not as this command left it"):
+            main(["auto", source, str(tmp_path / out)])
+    assert (tmp_path / "a/rows.parquet").read_text() == "mine" and (tmp_path / "c/rows.parquet.pictures").is_dir()
+    with open(tmp_path / "a/rows.jsonl", "a") as file:  # rows of one's own
+        file.write(json.dumps(dict(problem="3+3?", answer="6")) + "\n")
+    for keys in ([], ["reward.option_value=false"]):
+        with pytest.raises(UserError, match="rows.jsonl is there, and is not as"):
+            main(["auto", source, str(tmp_path / "a/rows.jsonl"), *keys])
+    (tmp_path / "a/rows.jsonl").unlink()
+    main(["auto", source, str(tmp_path / "a/rows.jsonl")])
+    assert len(load_rows(str(tmp_path / "a/rows.jsonl")).rows) == 1, "a file that is gone is written again"
+
+
+def test_parquet_holds_its_pictures_and_leaves_none_beside_it(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture())
+    source = write(tmp_path / "in.jsonl", dict(problem="<image>1?", answer="2", images=["x.png"]))
+    main(["auto", source, str(tmp_path / "out/rows.parquet")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rows.parquet", "rows.parquet.report.json"]
+    (found,) = load_rows(str(tmp_path / "out/rows.parquet")).rows
+    assert found.images == [picture()]
+
+
+def test_a_picture_that_came_is_taken_in(tmp_path):
+    source = write(tmp_path / "in.jsonl", dict(problem="<image>1?", answer="2", images=["x.png"]),
+                   dict(problem="1+1?", answer="2"))  # fmt: skip
+    main(["auto", source, str(tmp_path / "out/rows.jsonl")])
+    assert report(tmp_path / "out/rows.jsonl")["dropped"] == {"picture missing": 1}
+    (tmp_path / "x.png").write_bytes(picture())
+    main(["auto", source, str(tmp_path / "out/rows.jsonl")])
+    assert report(tmp_path / "out/rows.jsonl")["kept"] == 2
+
+
+def test_a_journal_is_of_the_rows_that_it_was_begun_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "CHUNK", 1)
+    (tmp_path / "x.png").write_bytes(picture())
+    rows = [dict(problem=f"<image>{n}?", answer="2", images=["x.png"]) for n in range(3)]
+    source, out = write(tmp_path / "in.jsonl", *rows), tmp_path / "out/rows.jsonl"
+
+    def stop(chunk):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "write_rows", lambda *_: stop(_))
+        with pytest.raises(KeyboardInterrupt):
+            main(["auto", source, str(out)])
+    write(tmp_path / "in.jsonl", *rows[::-1])
+    with pytest.raises(UserError, match="holds work with rows="):
+        main(["auto", source, str(out)])
+    write(tmp_path / "in.jsonl", *rows)
+    for path in (tmp_path / "out/rows").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="names the picture rows/.*png, which is gone: delete the journal"):
+        main(["auto", source, str(out)])
 
 
 def test_when_no_row_is_left_the_report_says_why(tmp_path, capsys):

@@ -19,7 +19,6 @@ Next: check.py, whether a row can be trained on.
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -33,7 +32,7 @@ from typing import Any
 from nanolmmr1 import config
 from nanolmmr1.data import schemas
 from nanolmmr1.data.prompt import Processor
-from nanolmmr1.data.readers import HUB, reason, shown
+from nanolmmr1.data.readers import HUB, READERS, reason, shown
 from nanolmmr1.data.rows import FIRST, Loaded, load_rows
 from nanolmmr1.data.store import Rows
 from nanolmmr1.errors import UserError
@@ -42,7 +41,7 @@ from nanolmmr1.model import weights
 from nanolmmr1.prepare.check import Checks
 from nanolmmr1.prepare.decontaminate import Contamination
 from nanolmmr1.prepare.journal import Journal
-from nanolmmr1.prepare.output import check_output, picture_folder, to_record, write_rows
+from nanolmmr1.prepare.output import check_output, picture_folder, source_path, to_record, write_rows
 from nanolmmr1.prepare.sampling import print_table, run
 from nanolmmr1.report.display import Display
 from nanolmmr1.reward.judge import Judge
@@ -66,20 +65,21 @@ def main(args: list[str]) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--against", metavar="BENCHMARK", nargs="+", default=[])
-    given = [arg for arg in args if re.match(r"[a-z_.]+=", arg)]
+    given = [arg for arg in args if re.match(r"[a-z][\w.]*=", arg) and not os.path.exists(arg)]
     options = parser.parse_args([arg for arg in args if arg not in given])
     cfg = config.load("single", [f"model={NO_MODEL}", f"defaults.data={NO_MODEL}", *given])
-    source = fetch(options.source)
-    check_output(options.out, source)
-    work = {"format": FORMAT, "schema": options.schema, "source": source, "keys": given, "files": state(source),
-            "against": {name: state(fetch(name)) for name in options.against}}  # fmt: skip
+    source, against = fetch(options.source), {name: fetch(name) for name in options.against}
+    for name in (source, *against.values()):
+        check_output(options.out, name)
+    schema = options.schema if options.schema != "auto" else ""
+    read = load_rows(source, cfg.prompt.columns, cfg.data.on_bad_row, cfg.data.image_dir,
+                     Rows.temporary(options.out.parent), schema, decode=False)
+    work = {"format": FORMAT, "schema": schema, "keys": sorted(given), "rows": digest(read),
+            "against": {name: state(path) for name, path in against.items()}}  # fmt: skip
     journal = Path(f"{options.out}.journal")
     if (done := finished(options.out, journal, work)) is None:
-        schema = options.schema if options.schema != "auto" else ""
-        done = prepare(cfg, schema, source, options.out, options.against, work)
-        journal.unlink()  # last: while it is there, the work is not done
-    if options.out.suffix == ".parquet":  # which holds them
-        shutil.rmtree(picture_folder(options.out), ignore_errors=True)
+        print("\n".join(read.notes))
+        done = prepare(cfg, read, options.out, journal, against, work)
     show(done, options.out)
     if not done["kept"]:
         raise UserError(f"{shown(source)}: no row is left; the table above says why")
@@ -93,92 +93,127 @@ def fetch(source: str) -> str:
     """
     name, at, split = source.rpartition("@")
     name, split = (name, f"@{split}") if at and not os.path.exists(source) else (source, "")
-    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(HUB, name):
+    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(HUB, name) or Path(name).suffix in READERS:
         return source
-    hub_id, _, folder = name.partition(":")
+    hub_id, _, config_name = name.partition(":")
     from huggingface_hub import snapshot_download
 
     try:
-        return os.path.join(snapshot_download(hub_id, repo_type="dataset"), folder).rstrip("/") + split
+        folder = snapshot_download(hub_id, repo_type="dataset")
     except Exception as error:  # any type: an unreachable hub, no such set, a full disk
         raise UserError(f"{shown(hub_id)} is no file or folder here, and cannot be downloaded: {reason(error)}") \
             from error
+    if config_name and not split and not os.path.isdir(os.path.join(folder, config_name)):
+        return f"{folder}@{config_name}"  # a configuration that is one file
+    return os.path.join(folder, config_name).rstrip("/") + split
+
+
+def digest(read: Loaded) -> str:
+    """A hash of rows as they were read: texts, and pictures by contents, or by size and time of their files."""
+    found = hashlib.sha256(json.dumps(read.dropped).encode())
+    for row in read.rows:
+        images = [item if isinstance(item, str) else hashlib.sha256(item).hexdigest() for item in row.images]
+        times = [(os.stat(item).st_size, os.stat(item).st_mtime_ns) for item in row.images if isinstance(item, str)]
+        found.update(json.dumps([vars(row) | {"images": images}, times]).encode())
+    return found.hexdigest()
 
 
 def state(source: str) -> str:
     """A hash of names, sizes and times of a source's files."""
-    path = Path(os.path.expanduser(source if os.path.exists(source) else source.rpartition("@")[0] or source))
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
-        status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    path, found = source_path(source), hashlib.sha256()
+    try:
+        for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
+            status = file.stat()
+            found.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise UserError(f"{shown(source)} cannot be read: {reason(error)}") from error
+    return found.hexdigest()
 
 
 def report_path(out: Path) -> Path:
-    return out.with_suffix(".report.json")
+    return Path(f"{out}.report.json")
 
 
 def finished(out: Path, journal: Path, work: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of the same work, if it is done.
+    """The report of the same work, if it is done; None if it is not, or if this command wrote OUT from other rows.
 
     Raises:
-        UserError: OUT is a file that this command did not write.
+        UserError: OUT, or a file beside it, is not as this command left it, or not of this command.
     """
-    if not out.exists() or journal.exists():
+    if journal.exists():
         return None
+    report, done, written = report_path(out), dict[str, Any](), ""
+    others = [path for path in (out, report, picture_folder(out)) if path.exists()]
     try:
-        done = json.loads(report_path(out).read_bytes())
-        return done if done["work"] == work else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"OUT={shown(out)} is there, and no report of this command beside it ({reason(error)}): choose "
-                        "another output, or delete it") from error
+        if report.exists():
+            done = json.loads(report.read_bytes())
+            written = _sha256(out) if out.exists() else ""
+            others = [] if done["sha256"] == written or not written else [out]
+    except (OSError, ValueError, KeyError, TypeError):
+        others = [report]
+    if others:
+        raise UserError(f"{shown(others[0])} is there, and is not as this command left it: choose another output, or "
+                        "move it away")
+    return done if done.get("work") == work and done["sha256"] == written else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare(
-    cfg: Recipe, schema: str, source: str, out: Path, against: list[str], work: dict[str, Any]
+    cfg: Recipe, read: Loaded, out: Path, path: Path, against: dict[str, str], work: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    """Read, check and write rows, after the report of it."""
+    """Check and write rows; the report. `path` is the journal's, which goes last: while it is there, work is left."""
     began = time.monotonic()
     benchmarks, sizes = Contamination() if against else None, dict[str, int]()
-    for name in against:
-        held = load_rows(fetch(name), rows=Rows.temporary(out.parent))
+    for name, source in against.items():
+        held = load_rows(source, rows=Rows.temporary(out.parent))
         print("\n".join(held.notes))
         sizes[name] = len(held.rows)
         assert benchmarks is not None, "there are benchmarks"
         benchmarks.add(name, held.rows)
-    read = load_rows(source, cfg.prompt.columns, cfg.data.on_bad_row, cfg.data.image_dir, Rows.temporary(out.parent),
-                     schema, decode=False)
-    print("\n".join(read.notes))
     processor = Processor(weights.find(cfg.model), cfg.prompt) if cfg.model != NO_MODEL else None
     with (
-        Journal(Path(f"{out}.journal"), work) as journal,
+        Journal(path, work) as journal,
         Judge(cfg.reward) as judge,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
         checks = Checks(cfg.phases["train"], judge, processor, benchmarks, pool)
         check_rows(read.rows, checks, journal, out)
-        report = summary(read, journal) | {"work": work, "benchmarks": sizes}
+        report = summary(read, journal) | {"work": work, "benchmarks": sizes, "sha256": ""}
         report["seconds"] = round(time.monotonic() - began, 1)
-        write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
         if report["kept"]:
             write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]))
+            report["sha256"] = _sha256(out)
+        write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
+        journal.remove()
+        if out.suffix == ".parquet":  # which holds the pictures
+            shutil.rmtree(picture_folder(out), ignore_errors=True)
     return report
 
 
 def check_rows(rows: Rows, checks: Checks, journal: Journal, out: Path) -> None:
-    """Check the rows that the journal does not have yet, chunk by chunk."""
+    """Check the rows that the journal does not have yet, chunk by chunk.
+
+    Raises:
+        UserError: pictures that the journal names are gone.
+    """
     for chunk in journal.chunks():
         checks.asked |= chunk["asked"]
+        for name in (name for record in chunk["rows"] for name in record["images"]):
+            if not (out.parent / name).is_file():
+                raise UserError(f"{shown(journal.path)} names the picture {name}, which is gone: delete the journal to "
+                                "start over")
     total = -(-len(rows) // CHUNK)
     with Display({}) as display, display.busy("checking rows", len(rows)) as advance:
-        advance(journal.done * CHUNK)
+        advance(min(journal.done * CHUNK, len(rows)))
         for number in range(journal.done, total):
-            chunk, before = list(rows[number * CHUNK:(number + 1) * CHUNK]), len(checks.asked)
-            kept, dropped, hits = checks.check(chunk)
+            chunk = list(rows[number * CHUNK:(number + 1) * CHUNK])
+            kept, dropped, hits, asked = checks.check(chunk)
             records = [to_record(row, out, copy=True) for row, keep in zip(chunk, kept, strict=True) if keep]
             os.sync()  # their pictures
-            asked = dict(itertools.islice(checks.asked.items(), before, None))
             journal.append({"rows": records, "asked": asked, "dropped": dropped, "hits": hits})
             advance(len(chunk))
 

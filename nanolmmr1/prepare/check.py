@@ -22,6 +22,7 @@ from nanolmmr1.reward.extract import gold_answer
 from nanolmmr1.reward.judge import Judge
 from nanolmmr1.schema import Phase
 
+MOST = 200  # characters of an answer by which duplicates are told apart
 Dropped = tuple[str, str, str]  # id, reason, what is wrong
 
 
@@ -44,15 +45,19 @@ class Checks:
     def __init__(self, phase: Phase, judge: Judge, processor: Processor | None, benchmarks: Contamination | None,
                  pool: ThreadPoolExecutor) -> None:
         self.phase, self.judge, self.processor, self.benchmarks, self.pool = phase, judge, processor, benchmarks, pool
-        self.asked: dict[str, str] = {}  # key -> answer, of the rows kept so far
+        self.asked: dict[str, str] = {}  # key -> start of the gold answer, of the rows kept so far
 
-    def check(self, rows: Sequence[Row]) -> tuple[list[bool], list[Dropped], list[dict[str, Any]]]:
+    def check(
+        self, rows: Sequence[Row]
+    ) -> tuple[list[bool], list[Dropped], list[dict[str, Any]], dict[str, str]]:  # fmt: skip
         """Check the next rows.
 
         Returns:
-            per row whether it is kept; the dropped ones; and every row that a benchmark may hold, dropped or not.
+            per row whether it is kept; the dropped ones; every row that a benchmark may hold, dropped or not; and what
+            `asked` has got.
         """
         dropped: list[Dropped] = []
+        asked: dict[str, str] = {}
         looked = list(self.pool.map(self._look, rows))
         faults = [each.fault for each in looked]
         self._judge(rows, faults)
@@ -62,13 +67,13 @@ class Checks:
             if fault := faults[place]:
                 dropped.append((row.id, *fault))
             else:
-                self.asked[each.key] = row.answer
-        return [fault is None for fault in faults], dropped, hits
+                self.asked[each.key] = asked[each.key] = gold_answer(row.answer)[:MOST]
+        return [fault is None for fault in faults], dropped, hits, asked
 
     def _look(self, row: Row) -> Looked:
         content, prints = hashlib.sha256(), []
         words = f"{' '.join(row.problem.split())}\0{row.options}"
-        content.update(words.casefold().encode())
+        content.update(words.encode())
         try:
             for item in row.images:
                 image = open_checked(item)
@@ -104,9 +109,9 @@ class Checks:
     def _repeats(self, row: Row, key: str) -> tuple[str, str] | None:
         if (earlier := self.asked.get(key)) is None:
             return None
-        if earlier == row.answer:
+        if earlier == (gold := gold_answer(row.answer)[:MOST]):
             return "duplicate", "an earlier row has the same problem and pictures"
-        return "duplicate with another answer", f"{shown(row.answer, 40)}, and an earlier row has {shown(earlier, 40)}"
+        return "duplicate with another answer", f"{shown(gold, 40)}, and an earlier row has {shown(earlier, 40)}"
 
     def _leaks(self, row: Row, prints: list[Fingerprint], hits: list[dict[str, Any]]) -> tuple[str, str] | None:
         if not self.benchmarks or not (hit := self.benchmarks.find(row, prints)):

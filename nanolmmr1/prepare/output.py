@@ -48,21 +48,26 @@ def check_output(out: Path, source: str) -> None:
     if out.suffix not in WRITERS:
         raise UserError(f"OUT={shown(out)}: a {out.suffix or 'nameless'} file is not written; use one of "
                         f"{', '.join(WRITERS)}")
-    path = os.path.expanduser(source)
-    read = Path(os.path.realpath(path if os.path.exists(path) else path.rpartition("@")[0] or path))
-    here = Path(os.path.realpath(out))
-    if here == read or read in here.parents[:2] and read.is_dir():
-        raise UserError(f"OUT={shown(out)} is, or lies in, {shown(source)}, which is read: choose another output")
     try:
+        read, here = Path(os.path.realpath(source_path(source))), Path(os.path.realpath(out))
+        if here == read or read in here.parents and read.is_dir():
+            raise UserError(f"OUT={shown(out)} is, or lies in, {shown(source)}, which is read: choose another output")
+        folder = Path(os.path.realpath(picture_folder(out)))
+        if folder == read or folder in read.parents:
+            raise UserError(f"OUT={shown(out)}: its pictures would be written to {shown(folder)}, where "
+                            f"{shown(source)} is: choose another output")
         out.parent.mkdir(parents=True, exist_ok=True)
+        unwritable = out.is_dir() or not os.access(out.parent, os.W_OK)
     except OSError as error:
         raise _unwritable(out, error) from error
-    folder = Path(os.path.realpath(picture_folder(out)))
-    if folder == read or folder in read.parents:
-        raise UserError(f"OUT={shown(out)}: its pictures would be written to {shown(folder)}, where {shown(source)} "
-                        "is: choose another output")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
+    if unwritable:
         raise UserError(f"OUT={shown(out)} cannot be written: it is a folder, or its folder is read-only")
+
+
+def source_path(source: str) -> Path:
+    """The file or folder of a source, without its split."""
+    path = os.path.expanduser(source)
+    return Path(path if os.path.exists(path) else path.rpartition("@")[0] or path)
 
 
 def picture_folder(out: Path) -> Path:
@@ -95,7 +100,8 @@ def to_record(row: Row, out: Path, copy: bool = False) -> Record:
     record = {OURS: 1, "problem": row.problem, "answer": row.answer, "images": images}
     record |= {k: v for k, v in filled.items() if v}
     # Options that we cannot read stay as the data has them.
-    return record | {k: v for k, v in row.extra.items() if k not in record and (k not in COLUMNS or k == "options")}
+    return record | {k: v for k, v in row.extra.items()
+                     if k not in record and (k not in COLUMNS or k == "options") and _is_utf8(k)}
 
 
 def _picture(item: ImageItem, out: Path, copy: bool) -> ImageItem:
@@ -126,7 +132,7 @@ def write_rows(out: Path, records: Iterable[Record]) -> None:
     Raises:
         UserError: a picture cannot be read, or the file not written.
     """
-    temporary = out.with_name(f"{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.tmp")
     try:
         WRITERS[out.suffix](temporary, iter(records), out.parent)
         os.sync()  # the pictures
@@ -192,12 +198,16 @@ def _embedded(item: ImageItem, folder: Path) -> dict[str, Any]:
     return {"bytes": (folder / item).read_bytes(), "path": os.path.basename(item)}
 
 
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or text == text.encode(errors="replace").decode()
+
+
 def _kind(value: Any) -> str:
     """The kind of a value: a name that TYPES knows, "null", "text" or "other"."""
     if isinstance(value, str):
-        return "text" if value.isascii() or value == value.encode(errors="replace").decode() else "other"
+        return "text" if _is_utf8(value) else "other"
     if isinstance(value, list):
-        return "texts" if value and all(_kind(each) == "text" for each in value) else "other"
+        return "texts" if value and all(isinstance(each, str) and _is_utf8(each) for each in value) else "other"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST_INT:
         return "other"
     return {type(None): "null", bool: "bool", int: "int", float: "float"}.get(type(value), "other")

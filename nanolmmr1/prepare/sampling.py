@@ -118,8 +118,11 @@ def print_table(title: str, lines: Iterable[tuple[str, str]]) -> None:
 
 
 @contextlib.contextmanager
-def opened(cfg: Recipe, source: str, out: Path) -> Iterator["Session"]:
+def opened(cfg: Recipe, source: str, out: Path, what: str) -> Iterator["Session"]:
     """Join the other ranks, read model settings and rows, lock the cache and catch signals: cheap checks first.
+
+    Args:
+        what: column that the command writes; a cache is of one column.
 
     Raises:
         UserError: recipe, model, rows or output are wrong, or another process writes the same output.
@@ -138,7 +141,7 @@ def opened(cfg: Recipe, source: str, out: Path) -> Iterator["Session"]:
         watch.defer = False  # a signal ends the process at once, but for `Session.ask`
         session = Session(cfg, source, device, display, watch)
         held.callback(session.close)
-        dist.on_main(lambda: session.open_cache(held.enter_context(Journal(path, {"format": FORMAT}))))
+        dist.on_main(lambda: session.open_cache(held.enter_context(Journal(path, {"format": FORMAT, "column": what}))))
         yield session
 
 

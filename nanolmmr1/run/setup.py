@@ -36,6 +36,7 @@ from nanolmmr1.run.trainer import Progress, Trainer
 from nanolmmr1.schema import Recipe
 from nanolmmr1.update.policy import Policy, compute_dtype
 
+ROWS = ".rows."  # how files with rows begin, while they have a name
 Sizes = list[tuple[int, int]]  # per row: prompt tokens, image patches
 
 
@@ -136,9 +137,15 @@ class _Loader:
         self.judge, self.display = judge, display
         self.folder = Path(cfg.output) if os.path.isdir(cfg.output) else None  # where rows are written
         self.loaded: dict[str, Rows] = {}
+        dist.on_main(self._clear)
         self.judge_checked = False
         self.found: set[str] = set()  # keys of prompt.columns that some source has
         self.missing: dict[str, str] = {}  # and those that some source lacks, with the message
+
+    def _clear(self) -> None:
+        """Remove rows of a run that was killed while it read them."""
+        for path in self.folder.glob(f"{ROWS}*") if self.folder else ():
+            path.unlink()
 
     def select(
         self, source: str | list[str], captions: bool, max_tokens: int, where: str,
@@ -212,7 +219,7 @@ def share_rows(
 
 def _read(names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None) -> "Read":
     """Read sources. One that lacks a named column is read without that name, if another source has it."""
-    file, path = tempfile.mkstemp(prefix=".rows.", dir=folder)
+    file, path = tempfile.mkstemp(prefix=ROWS, dir=folder)
     with contextlib.ExitStack() as on_error:
         on_error.callback(os.unlink, path)
         rows, notes, missing, found = Rows(file), list[str](), dict[str, str](), set[str]()
