@@ -16,7 +16,6 @@ exits with 1 if a rank fails.
 Next: nanolmmr1/run/loop.py, the whole run.
 """
 
-import errno
 import json
 import os
 import signal
@@ -24,10 +23,8 @@ import sys
 import traceback
 
 from nanolmmr1 import config
-from nanolmmr1.errors import Preempted, SharedError, UserError
+from nanolmmr1.errors import DISK_FULL, Preempted, SharedError, UserError
 from nanolmmr1.terminal import printable, protect
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(args: list[str]) -> None:

@@ -3,7 +3,10 @@
 Next: files.py, atomic files.
 """
 
+import errno
 import signal
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
 
 
 class UserError(ValueError):

@@ -10,7 +10,6 @@ Next: ../passrate.py, how hard a row is.
 
 import argparse
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -32,7 +31,7 @@ from nanolmmr1.data.images import ImageItem
 from nanolmmr1.data.prompt import Processor, Prompt
 from nanolmmr1.data.readers import BadRow, reason, shown
 from nanolmmr1.data.store import Row
-from nanolmmr1.errors import Preempted, SharedError, UserError
+from nanolmmr1.errors import DISK_FULL, Preempted, SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import dist
 from nanolmmr1.parallel.signals import Watch
@@ -45,7 +44,6 @@ from nanolmmr1.schema import Recipe
 from nanolmmr1.terminal import printable, protect
 
 CHUNK = 64  # items asked between two writes to the cache
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1  # of results; raised when an older cache must not be used
 Items = Sequence[tuple[str, Any]]  # key, JSON-able item
 Answer = Callable[[Items, Callable[[int], None]], list[Any]]  # see Session.ask
