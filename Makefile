@@ -4,7 +4,8 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 PIP := pip --quiet --disable-pip-version-check
 
-RANKS := $(addprefix tests/test_,checkpoint_ranks.py elastic.py mishaps.py ranks.py ranks_agree.py watch.py)
+RANKS := $(addprefix tests/test_,caption.py checkpoint_ranks.py elastic.py mishaps.py passrate.py ranks.py \
+  ranks_agree.py watch.py)
 
 .PHONY: train test test-main test-ranks test-vllm lint bench clean
 

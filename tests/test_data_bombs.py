@@ -141,9 +141,9 @@ print(select_rows([*rows, Row("1+1?", "2", caption="Two.")], processor, True, 40
 
 
 @pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs the tokenizer of the shared data folder")
-def test_a_text_of_20_million_characters_is_dropped_without_being_tokenised():
+def test_a_text_of_5_million_characters_is_dropped_without_being_tokenised():
     short, idle = peak(LONG, TOKENIZER, 1)
-    long, took = peak(LONG, TOKENIZER, 2_000_000)
+    long, took = peak(LONG, TOKENIZER, 500_000)
     assert long == "{'prompt too long': 1}\n{'no caption': 1, 'prompt too long': 1}" and short.startswith("{}")
     assert took - idle < 100
 
