@@ -102,6 +102,11 @@ SWIFT = dict(messages=[user("<image>How many?"), assistant("7")], images=["a.png
      ("<image>Q", "3", ["a.png"])),
     (dict(problem="[1, 2] + [3]?", answer="[1, 2, 3]"), {}, ("[1, 2] + [3]?", "[1, 2, 3]", [])),
     (dict(problem="[1]", answer="{1}"), {}, ("[1]", "{1}", [])),
+    # Parquet gives every turn and part the keys of all others.
+    (dict(conversations=[{"role": None, "content": None, "from": "human", "value": "1+1?"},
+                         {"role": None, "content": None, "from": "gpt", "value": "2"}]), {}, ("1+1?", "2", [])),
+    (dict(message=[user([{"type": "image", "index": 1, "text": None}, text("Q")])], question="Q", images=["a.png"],
+          answer="7"), {}, ("<image>Q", "7", ["a.png"])),
 ])
 def test_a_chat_of_every_layout_is_read(tmp_path, record, columns, expected):
     assert only(tmp_path, record, columns=columns) == expected
@@ -167,6 +172,11 @@ OPTIONS = ["3", "4", "5"]
     ({"B": "4", "A": "3"}, ["3", "4"]), ({"a": "3", "b": "4"}, ["3", "4"]),
     ("['$1', '$2']", ["$1", "$2"]), ('["1", "2"]', ["1", "2"]), ('{"A": "1", "B": "2"}', ["1", "2"]),
     ({"text": ["1", "2"], "label": ["A", "B"]}, ["1", "2"]),
+    ({"A": "3", "B": "4", "C": None}, ["3", "4"]), ({"A": "3", "B": None, "C": "4"}, []),
+    (["3", "4", None, None], ["3", "4"]), (["3", None, "4"], []), ([None, None], []),
+    ({"text": ["1", "2", "3"], "label": ["B", "A", "C"]}, ["2", "1", "3"]),
+    ({"text": ["1", "2"], "label": ["1", "2"]}, ["1", "2"]), ({"text": ["1", "2"], "label": ["A", "A"]}, ["1", "2"]),
+    ({"text": ["1", "2", None], "label": ["B", "A", None]}, ["2", "1"]),
     ("A. 6 cm\u00b2;B. 8 cm\u00b2; C. 10", ["6 cm\u00b2", "8 cm\u00b2", "10"]), ("(A) red\n(B) blue", ["red", "blue"]),
     (None, []), ([], []), ("", []), (["one"], []), ([["a"], ["b"]], []), ({"x": 1}, []), ("none", []), (7, []),
     (["a"] * 27, []), (["a", ""], []), (["\ud800", "b"], []), ("__import__('os')", []), ("['a'] * 9", []),
@@ -182,15 +192,52 @@ def test_options_are_read_or_left_where_they_are(tmp_path, name, value, expected
     ("B", OPTIONS, "Q?\n(A) 3\n(B) 4\n(C) 5"), ("(B)", OPTIONS, "Q?\n(A) 3\n(B) 4\n(C) 5"),
     ("\\boxed{B}", OPTIONS, "Q?\n(A) 3\n(B) 4\n(C) 5"), ("A, C", OPTIONS, "Q?\n(A) 3\n(B) 4\n(C) 5"),
     ("B", ["A", "B"], "Q?\n(A)\n(B)"), ("4", OPTIONS, "Q?"), ("D", OPTIONS, "Q?"), ("B", [], "Q?"),
-    ("AB", ["AB", "CD"], "Q?"), ("b", OPTIONS, "Q?"), ("BOX", OPTIONS, "Q?"),
+    ("AB", ["AB", "CD"], "Q?"), ("b", OPTIONS, "Q?\n(A) 3\n(B) 4\n(C) 5"), ("BOX", OPTIONS, "Q?"),
+    ("b", ["a", "$b$"], "Q?"), ("d", OPTIONS, "Q?"),
 ])
 def test_options_are_listed_where_the_answer_is_a_letter(tmp_path, answer, options, problem):
     assert only(tmp_path, dict(problem="Q?", answer=answer, options=options))[0] == problem
 
 
+ANIMALS = ["frog", "whale", "carp"]
+
+
+@pytest.mark.parametrize("answer, options, gold", [
+    (1, ANIMALS, "B"), ([0], ANIMALS, "A"), (2, ["D", "A", "B"], "C"), (1, ["2 m", "4 m"], "B"),
+    ("b", ANIMALS, "B"), (True, ANIMALS, "True"), (4, ANIMALS, "4"), (1.0, ANIMALS, "1.0"), ("12", ANIMALS, "12"),
+    ("4", ["3", "4", "5"], "4"), (4, [3, 4, 5], "4"), ("2", ["2.0", "3.0"], "2"), (1, [0, 1, 2], "1"), ("0", [], "0"),
+    ("3", ["3 m", "4 m", "5 m"], "3"), ("1", ANIMALS, None), ("3", ANIMALS, None), ("1", ["2 m", "4 m"], None),
+    (1, ["1", "2"], None), (2, ["2 m", "4 m", "6 m"], None),
+])
+def test_an_index_as_answer_becomes_a_letter_or_is_told(tmp_path, answer, options, gold):
+    rows, dropped, notes = load(tmp_path, dict(problem="Q?", answer="x"),
+                                dict(problem="Q?", answer=answer, choices=options))
+    assert [each.answer for each in rows] == (["x", gold] if gold else ["x"])
+    assert dropped == ({} if gold else {"answer is an index": 1})
+    is_index = isinstance(answer, int | list) and gold in ("A", "B", "C")
+    assert any("1 rows have an index as answer, which was read as an option's letter" in n for n in notes) == is_index
+    assert not gold or ("(A)" in rows[1].problem) == (gold in ("A", "B", "C"))
+
+
+def test_integers_that_count_options_from_1_are_refused(tmp_path):
+    record = dict(problem="Q?", choices=ANIMALS)
+    with pytest.raises(UserError, match="seem to count options from 0.*as if counted from 1; write the options' lett"):
+        load(tmp_path, *(record | dict(answer=number) for number in (1, 2, 3)))
+    dropped = load(tmp_path, record | dict(answer=3), record | dict(answer="B")).dropped
+    assert dropped == {"answer is an index from 1": 1}
+
+
+@pytest.mark.parametrize("problem", ["Given P(A)=0.5, P(B)=0.3 and P(C)=0.1, which?", "f(A), g(B) and h_2(C)?",
+                                     "Is {A} or {B} or {C} right?", "Which of \\Pr(A), \\Pr(B), \\Pr(C)?"])
+def test_letters_that_mark_no_options_are_no_list(tmp_path, problem):
+    assert only(tmp_path, dict(problem=problem, answer="B", options=OPTIONS))[0] == f"{problem}\n(A) 3\n(B) 4\n(C) 5"
+
+
 @pytest.mark.parametrize("problem", ["Q? A. 3 B. 4 C. 5", "Q?\n(A) 3\n(B) 4\n(C) 5", "Q?\nA:3\nB:4\nC:5",
                                      "\uff08A\uff093 \uff08B\uff094 \uff08C\uff095",
-                                     "A\u30013 B\u30014 C\u30015"])
+                                     "A\u30013 B\u30014 C\u30015", "Q?(A)3(B)4(C)5", "Q: [A] 3, [B] 4, [C] 5",
+                                     "\u662f\uff08 \uff09A\uff0e3\uff1bB\uff0e4\uff1bC\uff0e5",
+                                     "**A.** 3 **B.** 4 **C.** 5"])
 def test_options_are_not_listed_twice(tmp_path, problem):
     assert only(tmp_path, dict(problem=problem, answer="B", options=OPTIONS))[0] == problem
 
@@ -204,6 +251,10 @@ MARKERS = [  # problem, columns of pictures, problem and pictures that come of i
     ("<image1><image2> Go", dict(image="a.png"), "<image>image 2 Go", ["a.png"]),
     ("<image2>?", dict(image="a.png"), "<image>?", ["a.png"]),
     ("<image 2>?", dict(images=["a.png", "b.png"]), "<image><image>?", ["a.png", "b.png"]),
+    ("See <image 2>.", dict(images=[None, "b.png", "a.png"]), "<image>See <image>.", ["a.png", "b.png"]),
+    ("See <image 2>.", dict(images=json.dumps(["", "b.png"])), "See <image>.", ["b.png"]),
+    ("<image 3>, <image 2>?", dict(images=[{"path": None}, ["b.png"], "a.png"]), "<image>, <image>?",
+     ["a.png", "b.png"]),
     ("<image_0> <image_1>", dict(images=["a.png", "b.png"]), "<image> <image>", ["a.png", "b.png"]),
     ("<image_2>?", dict(image_1="a.png", image_2="b.png", image_3=None), "<image><image>?", ["a.png", "b.png"]),
     ("<image_2> or <image_4>?", dict(image_2="a.png", image_4="b.png"), "<image> or <image>?", ["a.png", "b.png"]),
@@ -276,7 +327,7 @@ EXPECTED = {  # problem, answer, number of pictures, options
     "lmm_r1_text_jsonl": ("1+1=?", "$2$", 0, []),
     "lmm_r1_sokoban_jsonl": "no answer",
     "mm_eureka_jsonl": ("<image>Find x.", "12", 1, []),
-    "mathv360k": ("<image>\nHow many?", "The answer is 7", 1, []),
+    "mathv360k": ("<image>\nHint: number.\nQuestion: How many?", "The answer is 7", 1, []),
     "llava_conversations": ("<image><image>Which is larger? (A) first (B) second", "B", 2, []),
     "verl_parquet": ("<image>Find x.", "12", 1, []),
     "easyr1": ("<image>Find x.", "12", 1, []),

@@ -18,7 +18,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
+from nanolmmr1.data import images
 from nanolmmr1.data.rows import PromptSampler, Row, image_size, load_rows, open_image, select_rows
+from nanolmmr1.data.store import Rows
 from nanolmmr1.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -154,6 +156,29 @@ def test_one_broken_picture_among_hundreds_is_found_at_load(tmp_path):
     path = write(tmp_path / "a.jsonl", *[row("<image>", images=[f"{i}.png"]) for i in range(250)])
     rows, dropped, notes = load_rows(path)
     assert len(rows) == 249 and dropped == {"picture broken": 1} and notes[-1].startswith(f"  {path}:238: ")
+
+
+def test_only_rows_with_pictures_are_checked_a_slice_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(picture())
+    rows, read = Rows.temporary(), []
+    for place in range(100):
+        rows.append(Row("Q", "1", [str(tmp_path / ("x.png" if place % 20 else "gone.png"))] if place % 10 == 0 else []))
+    monkeypatch.setattr(images, "SLICE", 3)
+    monkeypatch.setattr(Rows, "__getitem__", lambda self, index, get=Rows.__getitem__: read.append(index) or
+                        get(self, index))
+    assert list(images.unusable(rows, range(0, 100, 10))) == [0, 20, 40, 60, 80]
+    assert sorted(read) == list(range(0, 100, 10))
+    assert images.unusable(rows, []) == {}
+
+
+def test_markers_without_pictures_are_dropped_in_the_order_of_the_rows(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture())
+    (tmp_path / "y.png").write_bytes(b"no picture")
+    path = write(tmp_path / "a.jsonl", row("<image>", image="x.png"), row("See <image 2>"), row(image="y.png"),
+                 row("<image>"))
+    rows, dropped, notes = load_rows(path)
+    assert len(rows) == 1 and dropped == {"markers and pictures differ": 2, "picture broken": 1}
+    assert [line.partition(": ")[0].strip() for line in notes[-3:]] == [f"{path}:2", f"{path}:3", f"{path}:4"]
 
 
 @pytest.mark.parametrize("name, text, words", [

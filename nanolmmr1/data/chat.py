@@ -8,7 +8,7 @@ Next: images.py, pictures and their markers.
 
 from typing import Any, NamedTuple
 
-from nanolmmr1.data.images import MARKER, find
+from nanolmmr1.data.images import KEYS, MARKER, find
 from nanolmmr1.data.readers import BadRow, parsed, shown
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -32,7 +32,7 @@ def turns(value: Any) -> list[dict[str, Any]] | None:
     found = [value] if isinstance(value, dict) else value
     if not isinstance(found, list) or not found:
         return None
-    is_chat = all(isinstance(turn, dict) and isinstance(turn.get("role", turn.get("from")), str)
+    is_chat = all(isinstance(turn, dict) and isinstance(turn.get("role") or turn.get("from"), str)
                   and ("content" in turn or "value" in turn) for turn in found)
     return found if is_chat else None
 
@@ -82,7 +82,7 @@ def _content(content: Any) -> tuple[str, str, list[Any]]:
         elif "image" in kind:
             beside = str(filled.get("text", "")) if "type" not in part else ""  # {"image": PATH, "text": TEXT}
             marked, plain = marked + MARKER + beside, plain + beside
-            pictures += find({name: value for name, value in filled.items() if name != "text"})[:1]
+            pictures += find({name: filled[name] for name in KEYS if name in filled})[:1]
         else:
             raise BadRow(f"has {'a video' if 'video' in kind else 'audio' if 'audio' in kind else 'an unknown part'}",
                          f"the chat has a part of type {shown(kind, 50)!r}; only text and images are read")

@@ -40,7 +40,13 @@ COLUMNS = {
 PICTURES = ("images", "decoded_image", "image")
 NUMBERED = "image_<number>"  # stands for image_1, image_2 ... together
 HEADS = {name.partition(".")[0] for theirs in COLUMNS.values() for name in theirs}
+# The mark of an option in a text. Before it stands no letter or bracket, as in P(A) or f(B).
+LISTED = (r"(?:(?<![^\s,;:?!*\u3001\u3002\u4e00-\u9fff\uff01\uff09\uff0c\uff1a\uff1b\uff1f])|(?<=[0-9.])"
+          r"(?<!_[0-9])(?=[(\[\uff08]))[(\[\uff08]?{}\s*[).:\]\uff09\uff0e\uff1a\u3001]")
+INDEXED = "have an index as answer, which was read as an option's letter, counted from 0"
+FROM_1 = "answer is an index from 1"  # a kind of bad rows
 ABSENT = object()
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # 0 and False are values
 
 
 def get(record: dict[str, Any], name: str) -> Any:
@@ -61,9 +67,9 @@ def _number(name: str) -> int | None:
 
 @functools.lru_cache(100)
 def _candidates(present: frozenset[str], columns: tuple[tuple[str, str], ...],
-                first: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+                first: tuple[tuple[str, str], ...], common: bool) -> dict[str, list[str]]:
     """Our columns -> names to try in a record with these names. Most records of a source have the same ones."""
-    tried = {ours: (*(name for ours_too, name in first if ours_too == ours), *theirs)
+    tried = {ours: (*(name for ours_too, name in first if ours_too == ours), *(theirs if common else ()))
              for ours, theirs in COLUMNS.items()} | {ours: (name,) for ours, name in columns}
     return {ours: [name for name in theirs if name == NUMBERED or name in present or _head(name) in present]
             for ours, theirs in tried.items()}
@@ -88,6 +94,7 @@ class Fields:
         self.record, self.columns, self.folder, self.schema = record, columns, folder, schema
         self.has_pictures = False  # set by `pictures`, also if one of them is missing
         self.said: list[str] = []  # what was done to the row beyond reading it
+        self.by_place = False  # set by `answer`: it is the letter of an option's place, whatever the options' texts are
         self.chats: dict[str, chat.Chat] = {}
         # Columns image_1, image_2 ... by their number, without empty ones.
         self.numbered = {number: name for name in record
@@ -95,7 +102,8 @@ class Fields:
         self.names = {}
         named = [*columns.values(), *schema.columns.values()]
         known = HEADS.union(named, map(_head, named)) & record.keys()
-        tried = _candidates(frozenset(known), tuple(columns.items()), tuple(schema.columns.items()))
+        tried = _candidates(frozenset(known), tuple(columns.items()), tuple(schema.columns.items()),
+                            schema.common)
         for ours, theirs in tried.items():
             if name := next((name for name in theirs if self._has(ours, name)), None):
                 self.names[ours] = name
@@ -111,7 +119,7 @@ class Fields:
         value = get(self.record, name)
         if value is ABSENT or ours in self.columns:
             return value is not ABSENT
-        if self.schema.columns.get(ours) == name and not value:
+        if self.schema.columns.get(ours) == name and value in EMPTY:
             return False
         if name in CHATS and ours in ("answer", "images"):
             read = self._probe(name, value)
@@ -143,11 +151,28 @@ class Fields:
         return value, self._chat(name, value) if name and ours in ("problem", "answer", "images") else None
 
     def text(self, ours: str) -> str:
-        """The answer, caption or task; "" if the record has none."""
-        value, found = self._value(ours)
-        if ours == "answer":
-            value = found.answer if found else self._one_answer(value)
-        return _text(value, ours)
+        """The caption or task; "" if the record has none."""
+        return _text(self._value(ours)[0], ours)
+
+    def answer(self, options: list[str]) -> str:
+        """The answer; "" if the record has none. It becomes a letter where it means one of the options: by the text of
+        an option in schemas whose gold is one, by a small letter, or by an integer, which is counted from 0.
+
+        Raises:
+            BadRow: it is a number that may be an index, counted from 0 or 1, or a value.
+        """
+        value, found = self._value("answer")
+        value = found.answer if found else self._one_answer(value)
+        answer, texts = _text(value, "answer"), [option.strip() for option in options]
+        bare, letters = answer.strip(), _letters(len(options))
+        place = texts.index(bare) if self.schema.text_gold and texts.count(bare) == 1 else None
+        if place is None and (place := _index(value, bare, texts)) is not None:
+            self.said.append(INDEXED)
+        self.by_place = place is not None
+        if place is not None:
+            return letters[place]
+        is_small = len(bare) == 1 and bare.islower() and bare.upper() in letters
+        return bare.upper() if is_small and not {bare, bare.upper()} & {text.strip("$") for text in texts} else answer
 
     def _one_answer(self, value: Any) -> Any:
         """The answer of a list, which may be written as text; several are joined."""
@@ -193,7 +218,7 @@ class Fields:
             found = {number: images.find(self.record[name])[0] for number, name in sorted(self.numbered.items())}
         else:
             value, read = self._value("images")
-            found = dict(enumerate(read.pictures if read else images.find(value), 1))
+            found = dict(enumerate(read.pictures, 1)) if read else images.numbered(value)
         self.has_pictures = bool(found)
         return {number: images.locate(item, self.folder) for number, item in found.items()}
 
@@ -249,10 +274,9 @@ def _options(value: Any) -> list[str]:
         elif len(marks) > 1 and [mark[1] for mark in marks] == _letters(len(marks)):
             ends = [mark.start() for mark in marks[1:]] + [len(value)]
             value = [value[mark.end():end].strip() for mark, end in zip(marks, ends, strict=True)]
-    if isinstance(value, dict):
-        keys = sorted(map(str, value))
-        is_lettered = [key.upper() for key in keys] == _letters(len(keys))
-        value = [value[key] for key in keys] if is_lettered else value.get("text", value.get("texts"))
+    value = _in_order(value) if isinstance(value, dict) else value
+    while isinstance(value, list) and value and value[-1] is None:  # as parquet may fill up a list
+        value = value[:-1]
     if not isinstance(value, list) or not 1 < len(value) <= 26:
         return []
     try:
@@ -262,25 +286,59 @@ def _options(value: Any) -> list[str]:
     return texts if all(texts) else []
 
 
+def _in_order(value: dict[Any, Any]) -> Any:
+    """The texts of an object, in the order of its letters if it has some."""
+    texts, labels, pairs = value.get("text", value.get("texts")), value.get("label"), list(value.items())
+    if isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts):
+        pairs = list(zip(labels, texts, strict=True))
+    # Parquet gives all rows the same keys, and those that a row lacks are None.
+    lettered = sorted(((str(key).upper(), text) for key, text in pairs if text is not None), key=lambda pair: pair[0])
+    is_lettered = [letter for letter, _ in lettered] == _letters(len(lettered))
+    return [text for _, text in lettered] if is_lettered else texts
+
+
 def _letters(count: int) -> list[str]:
     return [chr(65 + i) for i in range(count)]
 
 
-def shown_options(problem: str, answer: str, options: list[str]) -> str:
+def _index(value: Any, answer: str, options: list[str]) -> int | None:
+    """The place of the option that a number means, as in ScienceQA and MMLU; None: the answer is a value.
+
+    An integer counts from 0, unless an option names it. Of digits in a text nobody knows where they start to count.
+    """
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not options or not (is_int or isinstance(value, str)) or not re.fullmatch("[0-9]{1,2}", answer):
+        return None
+    number = int(answer)
+    named = [place for place, text in enumerate(options) if text == answer] or [
+        place for place, text in enumerate(options)
+        if any(float(each) == number for each in re.findall(r"[0-9]+(?:\.[0-9]+)?", text))]
+    if is_int and not named and number < len(options):
+        return number
+    if not named and number <= len(options) or is_int and number < len(options) and number not in named:
+        kind = FROM_1 if is_int and number == len(options) else "answer is an index"
+        raise BadRow(kind, f"the answer {answer} may be the number of an option, counted from 0 or 1, or a value; "
+                     "write the option's letter, or its text")
+    return None
+
+
+def shown_options(problem: str, answer: str, options: list[str], by_place: bool = False) -> str:
     """The lines that list the options, or "": where the answer is no letter of theirs, or the problem lists them.
 
-    Without these lines a model could only guess the letter.
+    Without these lines a model could only guess the letter. `by_place`: the answer is a letter, though an option may
+    have its text.
     """
     if not options or len(answer) > 200:
         return ""
     letters = re.fullmatch(r"(?:\\boxed\{)?[\W_]*([A-Z](?:[\W_]*[A-Z])*)[\W_]*", answer.strip())
     named = set(re.findall("[A-Z]", letters[1])) if letters else set()
     every = _letters(len(options))
-    if not named or not named <= set(every) or (answer in options and options != every):
+    if not named or not named <= set(every) or (not by_place and answer in options and options != every):
         return ""
-    if all(re.search(rf"(?<![A-Za-z]){letter}\s*[).:\uff09\uff0e\uff1a\u3001]", problem) for letter in every):
+    if all(re.search(LISTED.format(letter), problem) for letter in every):
         return ""
-    return "".join(f"\n({letter})" + f" {text}" * (text != letter) for letter, text in zip(every, options, strict=True))
+    return "".join(f"\n({letter})" + f" {text}" * (options != every)
+                   for letter, text in zip(every, options, strict=True))
 
 
 def _is_jsonable(value: Any) -> bool:

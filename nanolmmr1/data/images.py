@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 import urllib.parse
@@ -33,6 +34,7 @@ from nanolmmr1.data.store import ImageItem, Row
 MARKER = "<image>"
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_ASPECT = 200  # as in Qwen2.5-VL's own smart_resize
+SLICE = 4096  # rows whose pictures wait together to be checked
 # An explicit list, because some other plugins of Pillow start programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIX = re.compile(r"\.(bmp|gif|jpe?g|jfif|png|p[bgnp]m|tiff?|webp)$", re.I)
@@ -47,17 +49,26 @@ SPELLINGS = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\
 warnings.filterwarnings("ignore", "Tag data larger|Corrupt EXIF|Metadata", module="PIL")  # one per image otherwise
 
 
-def find(value: Any, depth: int = 0) -> list[Any]:
+def find(value: Any) -> list[Any]:
     """The pictures of a value, each as it is written there: see the docstring of this file. NaN and False are none."""
+    return list(numbered(value).values())
+
+
+def numbered(value: Any) -> dict[int, Any]:
+    """`find`'s pictures by their places in a list, from 1: an empty place counts too."""
+    return {number: item for number, item in enumerate(_places(value), 1) if item is not None}
+
+
+def _places(value: Any, depth: int = 0) -> list[Any]:
     if isinstance(value, str) and value[:1] in ("[", "{"):
         value = value if (inner := parsed(value)) is None else inner
     if value is None or value is False or value != value or value in ("", b"", [], {}):
         return []
     if isinstance(value, list) and depth < 8:
-        return [item for each in value for item in find(each, depth + 1)]
+        return [item for each in value for item in _places(each, depth + 1) or [None]]
     if isinstance(value, dict) and depth < 8:
         filled = [value[key] for key in KEYS if value.get(key)]
-        return find(filled[0], depth + 1) if filled else [value] if any(value.values()) else []
+        return _places(filled[0], depth + 1) if filled else [value] if any(value.values()) else []
     return [value]
 
 
@@ -76,14 +87,14 @@ def is_here(value: Any, folder: PictureFolder) -> bool:
     if not is_picture(value):
         return False
     try:
-        item = locate(find(value)[0], folder)
+        item = locate(find(value)[0], folder, settle=False)
     except BadRow:
         return False
     return isinstance(item, str) or bool(MAGIC.match(item))
 
 
-def locate(item: Any, folder: PictureFolder) -> ImageItem:
-    """The absolute path or the bytes of a picture that `find` returned.
+def locate(item: Any, folder: PictureFolder, settle: bool = True) -> ImageItem:
+    """The absolute path or the bytes of a picture that `find` returned; `settle`: see PictureFolder.find.
 
     A relative path must not lead out of the folder as it is written. Links are followed: whoever owns the folder has
     put them there, and a data file cannot create one.
@@ -116,7 +127,7 @@ def locate(item: Any, folder: PictureFolder) -> ImageItem:
         raise BadRow("picture leads out of its folder", f"image {name} leads out of "
                      f"{shown(base or 'a hub data set, which has no folder')}; move it there, give its absolute "
                      "path, or name the folder of the images with data.image_dir")
-    if not os.path.isfile(path) and (found := folder.find(item)) is not None:
+    if not os.path.isfile(path) and (found := folder.find(item, settle)) is not None:
         return found
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_RECORD:
         raise BadRow("picture missing", f"image {name} is missing, or no file of up to {MAX_RECORD:,} bytes; relative "
@@ -167,7 +178,8 @@ def place(text: str, pictures: dict[int, ImageItem]) -> tuple[str, list[ImageIte
                      f"write one {MARKER} for each image where it belongs in the text")
     if 0 in numbers and 0 not in pictures:
         pictures = {number - 1: item for number, item in pictures.items()}
-    if count == 1 and numbers:  # such as MATH-Vision's sheet of numbered panels: the picture stands at the first
+    # Such as MATH-Vision's sheet of numbered panels: the picture stands at the first.
+    if count == 1 and numbers and set(numbers).isdisjoint(pictures.keys() - {1}):
         pictures = dict.fromkeys(numbers[:1], next(iter(pictures.values())))
     elif absent := sorted(set(numbers) - set(pictures)):
         raise BadRow("markers and pictures differ", f"the problem names <image{absent[0]}>, and the row has {count} "
@@ -228,8 +240,9 @@ def image_size(item: ImageItem) -> tuple[int, int]:
         return (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)
 
 
-def unusable(rows: Sequence[Row]) -> dict[int, BadRow]:
-    """Decode the images of all rows; the rows with one that fails or is too thin for the model, with the reason."""
+def unusable(rows: Sequence[Row], indices: Sequence[int]) -> dict[int, BadRow]:
+    """Decode the images of the rows at these indices; those with one that fails or is too thin for the model, with the
+    reason."""
     @functools.lru_cache(100_000)  # rows may share a file
     def check_file(path: str) -> BadRow | None:
         return _fault(path)
@@ -239,9 +252,10 @@ def unusable(rows: Sequence[Row]) -> dict[int, BadRow]:
                                   for item in rows[index].images)), None)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = track(pool.map(check, range(len(rows))), "checking images", len(rows), transient=True,
-                       disable=len(rows) <= 200)
-        return {index: error for index, error in enumerate(checks) if error}
+        slices = (indices[start:start + SLICE] for start in range(0, len(indices), SLICE))
+        checks = track(itertools.chain.from_iterable(pool.map(check, each) for each in slices), "checking images",
+                       len(indices), transient=True, disable=len(indices) <= 200)
+        return {index: error for index, error in zip(indices, checks, strict=True) if error}
 
 
 def _fault(item: ImageItem) -> BadRow | None:

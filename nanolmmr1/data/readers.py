@@ -14,6 +14,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,8 @@ MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a file may unpack to so many bytes, 
 PIECE = 64 << 20  # bytes of Arrow data that are converted to Python objects together
 HUB = r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?"  # a data set of the hub, perhaps with a configuration
 CHUNK = 1 << 20  # characters of a .json list that are read together
+FIRST = 10  # files of a folder of single rows of which one has to be a row
+SINGLE = ("problem", "question", "problem_text")  # columns by which a file is known as a row
 DIAGRAM = "img_diagram.png"  # the picture beside each data.json of Geometry3K as first published
 MAX_LITERAL = 20_000  # characters of a Python literal inside a text
 
@@ -120,24 +123,32 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def _single_rows(folder: Path) -> list[Path]:
     """Files of one row each: of a folder of folders, in the order of their numbers. MATH and Geometry3K are like that.
-    The first file decides, so that settings of other programs are not searched for rows."""
+    One of the first files has to be a row, so that settings of other programs are not searched for rows. Where all
+    folders have a file of its name, a name without a number, others are no rows, such as Geometry3K's logic_form.json.
+    """
     found = [path for path in folder.glob("*/*.json") if path.is_file()]
     found.sort(key=lambda path: [int(part) if place % 2 else part for place, part in
                                  enumerate(re.split(r"(\d+)", f"{path.parent.name}/{path.name}"))])
-    try:
-        row = json.loads(found[0].read_bytes()[:MAX_LINE]) if found else None
-    except (OSError, ValueError, RecursionError):
-        return []
-    return found if isinstance(row, dict) and any(
-        isinstance(row.get(name), str) for name in ("problem", "question", "problem_text")) else []
+    for path in found[:FIRST]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            row = json.loads(path.read_bytes()[:MAX_LINE])
+            if isinstance(row, dict) and any(isinstance(row.get(name), str) for name in SINGLE):
+                same = [other for other in found if other.name == path.name]
+                is_each = len(same) == len({other.parent for other in found}) and not re.search(r"\d", path.stem)
+                return same if is_each else found
+    return []
 
 
 def _holds_rows(path: Path) -> bool:
     """Whether a .json file has rows: a list of objects, or an object a line. Other .json files are settings."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file, io.TextIOWrapper(file, _encoding(file), errors="replace") as text:
-        return bool(re.match(r"\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", text.read(CHUNK)))
+    try:
+        with open(path, "rb") as file, io.TextIOWrapper(file, _encoding(file), errors="replace") as text:
+            return bool(re.match(r"\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", text.read(CHUNK)))
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read ({reason(error)}): change its permissions, or name the files "
+                        "that are data") from error
 
 
 def _pick(splits: dict[str, Any], split: str, label: str) -> Any:
@@ -208,7 +219,7 @@ def _read_jsonl(path: Path, name: str) -> Numbered:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    record = BadRow("unreadable JSON", str(_unreadable("", error)).removeprefix(": "))
+                    record = _bad_json(error)
                 yield number, record
 
 
@@ -227,14 +238,22 @@ def _unreadable(place: str, error: object) -> UserError:
     return UserError(f"{place}: unreadable JSON ({reason(error)}); write one object a line, or in .json a list")
 
 
+def _bad_json(error: object) -> BadRow:
+    return BadRow("unreadable JSON", str(_unreadable("", error)).removeprefix(": "))
+
+
 def _read_json(path: Path, name: str) -> Numbered:
     with open(path, "rb") as file:
         text = io.TextIOWrapper(file, _encoding(file))
         start = text.read(CHUNK).lstrip()
         is_whole = start[:1] == "[" or _is_keyed(start)
         if start[:1] == "{" and not is_whole and len(start) < CHUNK:  # an object alone, over several lines
-            with contextlib.suppress(ValueError, RecursionError):
-                yield 1, json.loads(start)
+            try:
+                record = json.loads(start)
+            except (ValueError, RecursionError) as error:
+                record = _bad_json(error)
+            if isinstance(record, dict) or "\n{" not in start:
+                yield 1, record
                 return
         yield from _read_list(text, start, name) if is_whole else _read_jsonl(path, name)
 
@@ -305,12 +324,18 @@ def _read_parquet(path: Path, name: str) -> Numbered:
 
 
 def _read_csv(path: Path, name: str) -> Numbered:
-    """Rows by the names in the first line; every value is text."""
+    """Rows by the names in the first line; every value is text, and None where a line ends early."""
     with open(path, "rb") as file:
         csv.field_size_limit(MAX_LINE)
-        rows = csv.DictReader(io.TextIOWrapper(file, _encoding(file), newline=""), restkey="more", strict=True)
+        rows = csv.DictReader(io.TextIOWrapper(file, _encoding(file), newline=""), strict=True)
         try:
-            yield from enumerate(rows, 2)
+            names = Counter(filter(None, rows.fieldnames or ()))
+            if twice := [column for column, count in names.items() if count > 1]:
+                raise UserError(f"{name}: the first line names the column {shown(twice[0], 100)!r} twice; rename one")
+            for number, row in enumerate(rows, 2):
+                more = row.pop(None, ())  # the key of fields without a name
+                yield number, BadRow("fields without a column", f"the row has {len(more)} fields more than the first "
+                                     "line has names; put quotes around values that hold commas") if more else row
         except csv.Error as error:
             raise UserError(f"{name}:{rows.line_num + 1}: unreadable CSV ({reason(error)}); write it again, with "
                             "quotes around values that hold commas, quotes or line breaks") from error

@@ -22,11 +22,11 @@ from rich.progress import track
 
 from nanolmmr1.data import images, schemas
 from nanolmmr1.data.archives import PictureFolder
-from nanolmmr1.data.columns import COLUMNS, Fields, get, shown_options
+from nanolmmr1.data.columns import COLUMNS, FROM_1, INDEXED, Fields, get, shown_options
 from nanolmmr1.data.images import MARKER
 from nanolmmr1.data.images import image_size as image_size
 from nanolmmr1.data.images import open_image as open_image
-from nanolmmr1.data.readers import BadRow, raw_rows, shown
+from nanolmmr1.data.readers import BadRow, raw_rows, reason, shown
 from nanolmmr1.data.store import Row, Rows
 from nanolmmr1.errors import UserError
 
@@ -129,13 +129,20 @@ class _Source:
         self.has_pictures = False
         self.said = Counter[str]()  # rows by what was done to them
         self.unused: dict[str, bool] = {}  # other columns that seem to hold pictures -> whether by their values
+        self.pictured: list[int] = []  # rows with pictures
+        self.marked: dict[int, tuple[int, str]] = {}  # rows without -> how many markers their problem has, and one
 
     def add(self, record: Any, place: str, folder: Path | None) -> None:
         """Read one record; a bad one is counted."""
         if folder not in self.folders:
             self.folders[folder] = PictureFolder(folder)
         try:
-            self.rows.append(self._row(record, place, self.folders[folder]))
+            row = self._row(record, place, self.folders[folder])
+            if row.images:
+                self.pictured.append(len(self.rows))
+            elif markers := images.MARKERS.findall(row.problem):
+                self.marked[len(self.rows)] = len(markers), MARKER if MARKER in markers else markers[0]
+            self.rows.append(row)
             self.places.append(place)
         except BadRow as error:
             self._drop(error, place)
@@ -151,28 +158,26 @@ class _Source:
         if lost and not self.has_pictures:
             raise UserError(f"{self.name}: no row has pictures in a column that is read, but the column {lost[0]!r} "
                             f"holds some: set prompt.columns.images={lost[0]}, or remove the column")
-        broken, kept = images.unusable(self.rows) if decode else {}, []
-        self.pictured = 0
-        for index, (row, place) in enumerate(zip(self.rows, self.places, strict=True)):
-            error = broken.get(index)
-            markers = [] if row.images else images.MARKERS.findall(row.problem)
-            if markers and self.has_pictures:
-                error = BadRow("markers and pictures differ", f"{len(markers)} {markers[0]} markers in the problem, "
-                               "but 0 images; add the images, or remove the markers")
-            elif MARKER in markers:
+        if self.said[INDEXED] and self.bad[FROM_1]:
+            raise UserError(f"{self.name}: answers that are integers seem to count options from 0, but others are the "
+                            "number of all options, as if counted from 1; write the options' letters")
+        faults = images.unusable(self.rows, self.pictured) if decode else {}
+        for index, (count, marker) in self.marked.items():
+            if self.has_pictures:
+                faults[index] = BadRow("markers and pictures differ", f"{count} {marker} markers in the problem, but 0 "
+                                       "images; add the images, or remove the markers")
+            elif marker == MARKER:
                 self.said[f"have {MARKER} as plain text, since the source has no pictures"] += 1
-            if error:
-                self._drop(error, place)
-            else:
-                kept.append(index)
-                self.pictured += bool(row.images)
-        self.rows = self.rows.subset(kept)
-        if not kept:
+        for index in sorted(faults):
+            self._drop(faults[index], self.places[index])
+        self.pictured = [index for index in self.pictured if index not in faults]
+        self.rows = self.rows.subset(index for index in range(len(self.rows)) if index not in faults)
+        if not self.rows:
             self._refuse("no row is left")
 
     def notes(self) -> list[str]:
         """Lines for the user."""
-        total, pictured, kept = len(self.rows) + self.bad.total(), self.pictured, f"{len(self.rows):,}"
+        total, pictured, kept = len(self.rows) + self.bad.total(), len(self.pictured), f"{len(self.rows):,}"
         lines = [f"{self.name}: {kept} of {total:,} rows read; {pictured:,} of {kept} rows have pictures"]
         known = [f"{name} ({count:,})" if len(self.schemas) > 1 else name
                  for name, count in self.schemas.most_common(FIRST) if name]
@@ -210,10 +215,11 @@ class _Source:
         if len(self.names) < MAX_NAMES and not record.keys() <= self.names.keys():
             self.names.update(dict.fromkeys(record))
         schema = self._schema(record)
-        record = schema.change(record)
+        record = _changed(record, schema)
         fields = Fields(record, self.columns, folder, schema)
         self.absent -= set(fields.names)
-        if not (schema.name and "images" in fields.names):  # a benchmark has its pictures twice, as bytes and by name
+        # A benchmark has its pictures twice, as bytes and by name, and rows that we wrote the columns of their source.
+        if schema.common and not (schema.name and "images" in fields.names):
             self._look_for_pictures(fields)
         if any(images.find(record.get(name)) for name in ("video", "videos", "video_path")):
             raise BadRow("has a video", "the row has a video, and only text and images are read")
@@ -221,14 +227,15 @@ class _Source:
             pictures = fields.pictures()
         finally:
             self.has_pictures |= fields.has_pictures
-        text = {"problem": fields.problem(len(pictures))}
-        text |= {ours: fields.text(ours) for ours in ("answer", "caption", "task")}
+        options = fields.options()
+        text = {"problem": fields.problem(len(pictures)), "answer": fields.answer(options)}
+        text |= {ours: fields.text(ours) for ours in ("caption", "task")}
         for ours in ("problem", "answer"):
             if not text[ours].strip():
                 raise BadRow(f"no {ours}", f"no {ours}; the row's columns are {shown(', '.join(record))}: "
                              f"fill it in, or name the right column with prompt.columns.{ours}=COLUMN")
-        options, said = fields.options(), list(fields.said)
-        if lines := shown_options(text["problem"], text["answer"], options):
+        said = list(fields.said)
+        if lines := shown_options(text["problem"], text["answer"], options, fields.by_place):
             text["problem"] += lines
             said.append("got their options listed after the problem, since the answer is a letter")
         marked, items = images.place(text["problem"], pictures)
@@ -264,6 +271,16 @@ class _Source:
                         break
                 if LIKE_IMAGES.search(name) or images.is_picture(value):
                     self.unused.setdefault(name, False)
+
+
+def _changed(record: schemas.Record, schema: schemas.Schema) -> schemas.Record:
+    try:
+        return schema.change(record)
+    except BadRow:
+        raise
+    except Exception as error:  # the record may hold values of any type
+        raise BadRow("other schema", f"the row is no row of the schema {schema.name} ({reason(error)}): repair its "
+                     "columns") from error
 
 
 class PromptSampler:

@@ -19,34 +19,61 @@ from nanolmmr1.errors import UserError
 
 Record = dict[str, Any]
 
-# Instructions that trainers and benchmarks add to a problem. The recipe's prompt gives its own, so a row's would be a
-# second one, or ask for another format. Sources: verl's and EasyR1's data scripts, DAPO-Math, VLM-R1, simple-evals,
-# MathVista's hints, LLaVA's short-answer prompts.
-BEFORE = re.compile(r"""^((?:\s*<image>)*\s*) (?:
-    Hint:[^\n]{1,300}\n\s*Question:\s*
-  | Solve\ the\ following\ math\ problem\ step\ by\ step\.\s*
-    (?:The\ last\ line\ of\ your\ response\ should\ be[^\n]{0,100}the\ answer\ to\ the\ problem\.\s*)?
-)""", re.X | re.I)
-AFTER = re.compile(r"""(?:^|\s+) (?:(?:
-    Let's\ think\ step\ by\ step(?:\ and\ output\ the\ final\ answer\ (?:after\ "\#{4}"|within\ \\boxed\{\}))?\.?
-  | Please\ (?:reason|think)\ step\ by\ step,?(?:\ and\ put\ your\ final\ answer[^\n]{0,60}\\boxed\{[^}\n]{0,20}\}
-    (?:,\ like\ \\boxed\{\w\})?)?\.?
-  | You\ FIRST\ think\ about\ the\ reasoning\ process[^\n]{0,100}the\ final\ answer\.
-  | The\ (?:reasoning\ process|final\ answer)\ MUST\ BE\ [^\n]{1,80}?(?:tags|\\boxed\{\})\.?
-  | (?:First\ )?output\ the\ thinking\ process\ in\ <think>[^\n]{0,80}</answer>\ tags\.?
-  | Output\ the\ final\ answer\ in\ JSON\ format\.?
-  | Remember\ to\ put\ your\ answer\ on\ its\ own\ line[^\n]{0,120}
-  | Answer\ with\ the\ option's\ letter\ from\ the\ given\ choices\ directly\.?
-  | Answer\ the\ question\ using\ a\ single\ word\ or\ phrase\.?
-  | Hint:\ Please\ answer\ the\ question[^\n]{0,200}
-)\s*)+$""", re.X | re.I)
-LONGEST = 2000  # characters at a text's end where instructions are looked for
+# Instructions that trainers and benchmarks add to a problem, letter for letter, without a full stop at the end. The
+# recipe's prompt gives its own, so a row's would be a second one, or ask for another format. Anything else may be part
+# of the problem. Sources: verl's and EasyR1's data scripts, DAPO-Math, VLM-R1, simple-evals, MathVista, LLaVA.
+STEPS = "Solve the following math problem step by step."
+LAST_LINE = ("The last line of your response should be of the form Answer: ${0} (without quotes) where ${0} is the "
+             "answer to the problem.")
+HINTS = tuple(f"Hint: Please answer the question {form}, at the end" for form in (
+    "and provide the correct option letter, e.g., A, B, C, D",
+    "requiring an integer answer and provide the final value, e.g., 1, 2, 3",
+    "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4",
+    "requiring a floating-point number with two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45",
+    "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4]"))
+BEFORE = (*(f"{hint}.\nQuestion:" for hint in HINTS), *(f"{STEPS} {LAST_LINE.format(x)}" for x in ("Answer", "ANSWER")),
+          STEPS)
+AFTER = (
+    *HINTS,
+    "Let's think step by step and output the final answer after \"####\"",
+    r"Let's think step by step and output the final answer within \boxed{}",
+    *(f"Please {verb} step by step{comma} and put your final answer {where}\\boxed{{}}" for verb in ("reason", "think")
+      for comma in (",", "") for where in ("within ", "in ")),
+    r"Please reason step by step, and put your final answer option (e.g., A, B, C, D) within \boxed{}, like \boxed{A}",
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer",
+    "The reasoning process MUST BE enclosed within <think> </think> tags",
+    "The final answer MUST BE enclosed within <answer> </answer> tags",
+    r"The final answer MUST BE put in \boxed{}",
+    *(f"{verb} the thinking process in <think> </think> {rest} in <answer> </answer> tags"
+      for verb in ("First output", "Output") for rest in ("tags and then output the final answer",
+                                                          "and final answer", "and final answer (number)")),
+    "Output the final answer in JSON format",
+    'Remember to put your answer on its own line after "Answer:"',
+    'Remember to put your answer on its own line after "Answer:", and you do not need to use a \\boxed command',
+    "Answer with the option's letter from the given choices directly",
+    "Answer the question using a single word or phrase",
+)
+# These may also end a sentence of the problem, as its object.
+SHORT = ("Let's think step by step", "Please reason step by step", "Please think step by step")
+MOST = 5  # instructions of one problem
+MARKERS = re.compile(r"(?:\s*<image>)*\s*")
 
 
 def without_instruction(problem: str) -> str:
     """A problem without the instructions of the tables above."""
-    problem = BEFORE.sub(r"\1", problem)
-    return problem[:-LONGEST] + AFTER.sub("", problem[-LONGEST:])
+    markers = MARKERS.match(problem)
+    assert markers, "the pattern fits an empty text"
+    if start := next((each for each in BEFORE if problem.startswith(each, markers.end())), ""):
+        problem = markers[0] + problem[markers.end() + len(start):].lstrip()
+    for _ in range(MOST):
+        text = problem.rstrip().removesuffix(".")
+        end = next(filter(text.endswith, (*AFTER, *SHORT)), "")
+        before = text.removesuffix(end)
+        apart = r"(^|[.?!\u3002\uff1f\uff01]\s+|\n\s*)$" if end in SHORT else r"(^|\s)$"
+        if not end or not re.search(apart, before[-20:]):
+            break
+        problem = before.rstrip()
+    return problem
 
 
 class Schema(NamedTuple):
@@ -58,6 +85,8 @@ class Schema(NamedTuple):
     instructed: bool = False  # the text may hold instructions
     change: Callable[[Record], Record] = lambda record: record  # called before columns are read
     alone: bool = False  # rows with other columns are of another schema
+    common: bool = True  # the common names are tried too
+    text_gold: bool = False  # the gold of a choice is an option's text; its letter is read, and the options are listed
 
 
 def _virl39k(record: Record) -> Record:
@@ -65,33 +94,42 @@ def _virl39k(record: Record) -> Record:
     return record | {name: None for name in record if name.startswith("PassRate") and record[name] == -1}
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _mathvista(record: Record) -> Record:
-    """The gold of a choice is an option's text; its letter lists the options in the problem. Units stand apart."""
-    choices, answer, unit = record.get("choices"), record.get("answer"), record.get("unit")
-    if isinstance(choices, list) and answer in choices[:26]:
-        record = record | {"answer": chr(65 + choices.index(answer))}
-    return record | {"question": f"{record['question']} (Unit: {unit})"} if unit and record["question"] else record
+    """Units stand apart."""
+    question, unit = record.get("question"), record.get("unit")
+    return record | {"question": f"{question} (Unit: {unit})"} if _is_text(question) and _is_text(unit) else record
 
 
 def _mathverse(record: Record) -> Record:
     """The text of a Vision Only row is in its picture; what is asked then is the benchmark's own prompt."""
-    return record if record["question"] else record | {"question": record["query_cot"]}
+    return record if record.get("question") else record | {"question": record.get("query_cot")}
 
 
 def _olympiad(record: Record) -> Record:
     """Questions of physics may share a context."""
-    parts = [record.get("context"), record["question"]]
-    return record | {"question": "\n".join(parts)} if all(isinstance(part, str) and part for part in parts) else record
+    parts = [record.get("context"), record.get("question")]
+    return record | {"question": "\n".join(map(str, parts))} if all(map(_is_text, parts)) else record
 
 
 def _gpqa(record: Record) -> Record:
     """Options in an order that is a function of the question: the data has the right one first."""
-    options = [str(record.get(name) or "").strip() for name in
-               ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")]
-    right, question = options[0], str(record["Question"] or "")
-    options.sort(key=lambda option: hashlib.sha256(f"{question}\n{option}".encode()).digest())
-    return {"id": record.get("Record ID"), "problem": question, "options": options,
-            "answer": chr(65 + options.index(right))} | record
+    values = [record.get(name) for name in
+              ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")]
+    options = [str(value).strip() for value in values if _is_text(value) or isinstance(value, int | float)]
+    if len(set(options)) < len(values):
+        raise BadRow("options incomplete", "GPQA needs a right and three wrong answers, all filled and different; "
+                     "complete them")
+    right, question = options[0], record.get("Question")
+    try:
+        options.sort(key=lambda option: hashlib.sha256(f"{question or ''}\n{option}".encode()).digest())
+    except UnicodeEncodeError as error:
+        raise BadRow("half a surrogate", "the question or an option holds half a surrogate pair, which is no text; "
+                     "repair its encoding") from error
+    return {"id": record.get("Record ID")} | record | {"problem": question, "options": options, "answer": right}
 
 
 def _sokoban(record: Record) -> Record:
@@ -104,7 +142,8 @@ def _sokoban(record: Record) -> Record:
 OURS = "nanolmmr1"  # a column of the rows that prepare, passrate and caption write; its value is their version
 SCHEMAS = (
     # Rows that we wrote keep the columns of their source, which must not be read a second time.
-    Schema(OURS, (OURS,), {"problem": "problem", "answer": "answer", "images": "images", "options": "options"}),
+    Schema(OURS, (OURS,), {name: name for name in ("problem", "answer", "images", "options", "caption", "id", "task")},
+           common=False),
     # training sources
     Schema("virl39k", ("PassRate_32BTrained", "qid"), change=_virl39k),
     Schema("virl39k", ("qid", "category", "images", "problem")),
@@ -122,7 +161,8 @@ SCHEMAS = (
     Schema("trl", ("prompt", "solution"), instructed=True),
     Schema("trl", ("prompt", "answer"), instructed=True),
     # benchmarks
-    Schema("mathvista", ("pid", "question", "answer_type", "precision"), change=_mathvista, instructed=True),
+    Schema("mathvista", ("pid", "question", "answer_type", "precision"), change=_mathvista, instructed=True,
+           text_gold=True),
     Schema("mathverse", ("problem_version", "question", "query_cot"), change=_mathverse),
     Schema("mathvision", ("question", "options", "level", "subject", "solution")),
     Schema("olympiadbench", ("final_answer", "question", "answer_type"), change=_olympiad),
@@ -131,7 +171,7 @@ SCHEMAS = (
     Schema("wemath", ("question", "option", "knowledge concept")),
     Schema("logicvista", ("imagename", "question", "broad_capability")),
     Schema("dynamath", ("question", "answer_type", "level", "subject")),
-    Schema("gpqa", ("Question", "Correct Answer", "Incorrect Answer 3"), change=_gpqa),
+    Schema("gpqa", ("Question", "Correct Answer", "Incorrect Answer 3"), change=_gpqa, text_gold=True),
     Schema("math500", ("problem", "unique_id", "subject", "level")),
     # text, by few columns, so they come last
     Schema("math", ("problem", "type", "level", "solution")),
