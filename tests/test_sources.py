@@ -69,6 +69,19 @@ def test_pictures_of_one_name_in_two_folders_of_an_archive_are_not_confused(tmp_
     assert dropped == {"picture missing": 2}, "two members may be 1.png, and none is x/2.png"
 
 
+def test_pictures_and_archives_may_be_beside_the_folder_data(tmp_path):
+    for name in ("data", "rows"):
+        home = tmp_path / name
+        zipped(home.parent / "p.zip", {"images/a.png": picture(1)})
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / "b.png").write_bytes(picture(2))
+        loaded = load_rows(write(home / "rows.jsonl", row("images/a.png"), row("images/b.png"),
+                                 dict(problem="1+1?", answer="2")))  # fmt: skip
+        assert [each.images for each in loaded.rows][:-1] == (
+            [[picture(1)], [str(tmp_path / "images/b.png")]] if name == "data" else [])
+        assert loaded.dropped == ({} if name == "data" else {"picture missing": 2})
+
+
 def test_a_picture_on_disk_comes_before_one_in_an_archive(tmp_path):
     zipped(tmp_path / "p.zip", {"a.png": picture(1)})
     (tmp_path / "a.png").write_bytes(picture(2))

@@ -40,6 +40,8 @@ class PictureFolder:
 
     def __init__(self, path: Path | None) -> None:
         self.path = os.path.abspath(path) if path is not None else ""
+        # Data sets of the hub may have their rows in `data`, and pictures or archives beside that folder.
+        self.places = [self.path, *([os.path.dirname(self.path)] if os.path.basename(self.path) == "data" else [])]
         self.removed: tuple[str, ...] | None = None  # leading parts of absolute paths, found with the first picture
         self.above: dict[Path, str] = {}  # archive -> the leading parts of paths that its members lack, found likewise
         self.unreadable = ""  # the first archive that cannot be read, and why
@@ -64,10 +66,10 @@ class PictureFolder:
             return None
         is_whole = os.path.isabs(name) or parts[0].endswith(":")
         for removed in range(len(parts)) if is_whole else [0]:  # a relative path may have had back-slashes
-            path = os.path.join(self.path, *parts[removed:])
-            if (not is_whole or self.removed in (None, parts[:removed])) and os.path.isfile(path):
-                self.removed = parts[:removed] if is_whole and settle else self.removed
-                return path
+            for place in self.places if not is_whole or self.removed in (None, parts[:removed]) else ():
+                if os.path.isfile(path := os.path.join(place, *parts[removed:])):
+                    self.removed = parts[:removed] if is_whole and settle else self.removed
+                    return path
         return self._from_archive("/".join(parts), settle)
 
     def _from_archive(self, name: str, settle: bool) -> bytes | None:
@@ -109,7 +111,7 @@ class PictureFolder:
     def _members(self) -> dict[str, list[Member]]:
         """Last part of a name -> the members with it."""
         members: dict[str, list[Member]] = {}
-        for path in sorted(Path(self.path).glob("*.*")):
+        for path in sorted(path for place in self.places for path in Path(place).glob("*.*")):
             read = {".zip": _zip_members, ".tar": _tar_members}.get(path.suffix.lower())
             try:
                 found = {name.replace("\\", "/").removeprefix("./").lstrip("/"): member  # the last of a name counts
