@@ -21,15 +21,17 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import MARKER
 from nanolmmr1.data.rows import Row
 from nanolmmr1.errors import UserError
 from nanolmmr1.parallel import dist
 from nanolmmr1.prepare import sampling
+from nanolmmr1.prepare.decontaminate import OPTION_CHARS
 from nanolmmr1.prepare.output import Record, to_record, write_rows
 from nanolmmr1.reward.choice import gold_letters, listed_options, option_values
 from nanolmmr1.reward.extract import final_answer, gold_answer
@@ -46,9 +48,11 @@ LIST_MARK = re.compile(r"^[ \t]*(?:[-*][ \t]+)?[0-9]{1,2}[.)][ \t]", re.M)
 NUMBER = re.compile(r"(?<![\w.^{:/\\])(?:(?<![\w)}\]])-\s?)?"
                     r"(?:\\frac\{\d+\}\{\d+\}|\d+ \d+/\d+|\d+/\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)"
                     r"(?:\s?%|(?=(?:[cdkm]?m|k?g|ml|in|ft)\b)|(?![\w/]|\.\d|:\d|\^\{?-?\w|,\d{3}(?!\d)))", re.A)
-SAYS = re.compile(r"\\boxed|\banswers?\b.{0,20}?(?:\bis\b|\bare\b|\bbe\b|[:=])|####|答案", re.I | re.S)
+SAYS = re.compile(r"\\boxed|\b(?:answers?|(?:correct|right|best)\s+(?:options?|choices?))\b.{0,20}?"
+                  r"(?:\bis\b|\bare\b|\bbe\b|[:=])|####|答案", re.I | re.S)  # fmt: skip
+# An angle may be right, so that is no statement about an option.
 CORRECT = re.compile(r"(?<![A-Za-z])[(\[]?([A-J])[)\]]?\s+(?:is|would be|must be)\s+(?:the\s+)?(?:only\s+)?"
-                     r"(?:correct|right|answer)\b")  # fmt: skip
+                     r"(?:correct|answer|right\s+(?:answer|option|choice|one))\b")  # fmt: skip
 COMMON = {"yes", "no", "true", "false"}  # such answers are words of any description
 OPTIONS = re.compile(r"(?:^|[\s,;])[(\[]?A\s*[)\].:]")  # where a problem begins to list them
 
@@ -90,7 +94,7 @@ class Captions:
     def write(self, out: Path) -> None:
         """Ask for all captions that are not known, write OUT and print the table."""
         asked = [self.session.ask("captioning" + f", attempt {attempt + 1}" * bool(attempt),
-                                  functools.partial(self.find, attempt), self.answer)
+                                  functools.partial(self.find, attempt), self.question(attempt))
                  for attempt in range(self.attempts)]  # fmt: skip
 
         def finish() -> None:
@@ -129,20 +133,23 @@ class Captions:
         results = [self.session.known.get(self.key(row, digest, attempt)) for attempt in range(self.attempts)]
         return [result["text"] for result in results if isinstance(result, dict)]
 
-    def answer(self, items: sampling.Items, advance: Callable[[int], None]) -> list[Any]:
-        """Per item {"text", "tokens", "finish"}, or the reason why the picture cannot be shown."""
-        session, attempt = self.session, items[0][1][2]
+    def question(self, attempt: int) -> sampling.Question:
+        processor = self.session.processor
         params = SamplingParams(
             1, self.section.max_tokens, 1.0 if attempt else self.section.first_temperature,
-            stop_ids=session.processor.stop_ids, banned_ids=session.processor.banned_ids,
+            stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
         )  # fmt: skip
-        rows = []
-        for _, (index, picture, _) in items:
-            row = session.rows[index]
-            rows.append(Row(f"{MARKER}\n{self.template(row)}", "", [row.images[picture]], id=row.id))
-        groups = session.generate(rows, [key for key, _ in items], params, False, advance)
+        return sampling.Question(self.pictures, params, False, self.captions)
+
+    def pictures(self, items: sampling.Items) -> list[Row]:
+        """A row of one picture and its instruction per item."""
+        rows = [(self.session.rows[index], picture) for _, (index, picture, _) in items]
+        return [Row(f"{MARKER}\n{self.template(row)}", "", [row.images[picture]], id=row.id) for row, picture in rows]
+
+    def captions(self, items: sampling.Items, groups: list[Group | str]) -> list[Any]:
+        """Per item {"text", "tokens", "finish"}, or the reason why the picture cannot be shown."""
         return [group if isinstance(group, str) else {
-            "text": session.processor.decode(group.responses[0].ids).strip(),
+            "text": self.session.processor.decode(group.responses[0].ids).strip(),
             "tokens": len(group.responses[0].ids), "finish": group.responses[0].finish} for group in groups]
 
     def caption(self, row: Row, hashes: list[str]) -> str:
@@ -207,7 +214,7 @@ def leaks(caption: str, row: Row) -> bool:
     token, and neither in the problem's text before its options nor beside another option: a number with any unit, an
     expression, a word. The value of an option letter is the option's text.
     """
-    gold, options = gold_answer(row.answer), row.options or listed_options(row.problem)
+    gold, options = gold_answer(row.answer), row.options or listed_options(row.problem[-OPTION_CHARS:])
     letters = gold_letters(gold)
     if _says(caption, gold, options, letters[0] if letters else ""):
         return True

@@ -19,11 +19,12 @@ Next: caption.py, pictures in words.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nanolmmr1.data.columns import COLUMNS
+from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import MARKER
 from nanolmmr1.data.schemas import OURS
 from nanolmmr1.data.store import Row
@@ -76,7 +77,8 @@ class PassRate:
     def write(self, out: Path, column: str) -> None:
         """Ask for all rows that are not known, write OUT and print the table."""
         session = self.session
-        asked = session.ask("sampling", self.find, self.answer)
+        question = sampling.Question(self.questions, self.params, session.phase.captions, self.right)
+        asked = session.ask("sampling", self.find, question)
 
         def finish() -> None:
             write_rows(out, self.records(out, column))
@@ -110,11 +112,12 @@ class PassRate:
             return row
         return dataclasses.replace(row, problem=row.problem.replace(MARKER, "").strip(), images=[])
 
-    def answer(self, items: sampling.Items, advance: Callable[[int], None]) -> list[Any]:
+    def questions(self, items: sampling.Items) -> list[Row]:
+        return [self.as_asked(self.session.rows[index]) for _, index in items]
+
+    def right(self, items: sampling.Items, groups: list[Group | str]) -> list[Any]:
         """Per item the number of right responses, or the reason why the row cannot be asked."""
-        rows = [self.as_asked(self.session.rows[index]) for _, index in items]
-        keys, captions = [key for key, _ in items], self.session.phase.captions
-        groups = self.session.generate(rows, keys, self.params, captions, advance)
+        rows = self.questions(items)
         texts = [[] if isinstance(group, str) else [self.session.processor.decode(r.ids) for r in group.responses]
                  for group in groups]
         scores = iter(self.judge.score([(text, row.public()) for row, of in zip(rows, texts, strict=True)

@@ -17,6 +17,10 @@ small_model, nursery = test_passrate.small_model, test_passrate.nursery  # fixtu
 OPTIONS = "Which is it?\n(A) 12\n(B) 15\n(C) 20\n(D) 25"
 KITES = "Which kite has the longest string?\n(A)\n(B)\n(C)\n(D)\n(E)"
 LEAKS = [  # problem, gold answer, caption, whether it leaks
+    ("Which? (A) 1 (B) 2", "B", "In triangle ABC, angle B is right.", False),
+    ("Which? (A) 1 (B) 2", "A", "The triangle with the angle at A is right-angled.", False),
+    ("Which? (A) 1 (B) 2", "B", "The correct option is B.", True),
+    ("Which? (A) 1 (B) 2", "B", "(B) is the right option.", True),
     ("What is the area?", "12", "A rectangle; its area is 12.", True),
     ("What is the area?", "12", "A rectangle of 3 by 4.", False),
     ("What is the area?", "12", "A rectangle of 12.5 by 4.", False),

@@ -107,6 +107,25 @@ def test_a_finished_command_does_nothing_and_a_changed_one_starts_anew(tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.report.json"]
 
 
+def test_a_run_that_keeps_no_row_leaves_the_output_and_its_owner_known(tmp_path):
+    source = write(tmp_path / "in.jsonl", dict(problem="1+1?", answer="2", level=3))
+    out = tmp_path / "out.jsonl"
+    main(["auto", source, str(out)])
+    with pytest.raises(UserError, match="no row is left"):
+        main(["auto", source, str(out), "defaults.data_filter={level: [50, 60]}"])
+    main(["auto", source, str(out), "defaults.data_filter={level: [0, 60]}"])
+    assert report(out)["kept"] == 1 and len(load_rows(str(out)).rows) == 1
+
+
+def test_prompts_are_measured_one_after_the_other(tmp_path, tiny):
+    """A tokenizer that is told to take special tokens as text does so for all threads."""
+    (tmp_path / "x.png").write_bytes(picture())
+    rows = [dict(problem=f"{i}?" + " <|im_end|>" * (i % 5 == 0) + "<image>" * (i % 5 > 0), answer="2",
+                 images=["x.png"] * (i % 5 > 0)) for i in range(300)]  # fmt: skip
+    main(["auto", write(tmp_path / "in.jsonl", *rows), str(tmp_path / "out.jsonl"), f"model={tiny}"])
+    assert report(tmp_path / "out.jsonl")["dropped"] == {}
+
+
 def test_what_cannot_be_prepared_is_refused_before_any_work(tmp_path):
     source = write(tmp_path / "in.jsonl", dict(problem="1+1?", answer="2"))
     mine = tmp_path / "mine.jsonl"
@@ -149,6 +168,12 @@ def test_files_of_the_user_beside_the_output_are_left_alone(tmp_path):
     for keys in ([], ["reward.option_value=false"]):
         with pytest.raises(UserError, match="rows.jsonl is there, and is not as"):
             main(["auto", source, str(tmp_path / "a/rows.jsonl"), *keys])
+    (tmp_path / "e").mkdir()
+    main(["auto", source, str(tmp_path / "e/rows.parquet")])
+    write(tmp_path / "e/rows.parquet.pictures/mine.txt", {})
+    with pytest.raises(UserError, match="rows.parquet.pictures is there"):
+        main(["auto", source, str(tmp_path / "e/rows.parquet"), "reward.option_value=false"])
+    assert (tmp_path / "e/rows.parquet.pictures/mine.txt").exists()
     (tmp_path / "a/rows.jsonl").unlink()
     main(["auto", source, str(tmp_path / "a/rows.jsonl")])
     assert len(load_rows(str(tmp_path / "a/rows.jsonl")).rows) == 1, "a file that is gone is written again"

@@ -80,6 +80,10 @@ def main(args: list[str]) -> None:
     if (done := finished(options.out, journal, work)) is None:
         print("\n".join(read.notes))
         done = prepare(cfg, read, options.out, journal, against, work)
+    if journal.exists():
+        if options.out.suffix == ".parquet":  # which holds the pictures
+            shutil.rmtree(picture_folder(options.out), ignore_errors=True)
+        journal.unlink()
     show(done, options.out)
     if not done["kept"]:
         raise UserError(f"{shown(source)}: no row is left; the table above says why")
@@ -140,17 +144,16 @@ def finished(out: Path, journal: Path, work: dict[str, Any]) -> dict[str, Any] |
     Raises:
         UserError: OUT, or a file beside it, is not as this command left it, or not of this command.
     """
-    if journal.exists():
-        return None
-    report, done, written = report_path(out), dict[str, Any](), ""
-    others = [path for path in (out, report, picture_folder(out)) if path.exists()]
+    report, done, written = report_path(out), dict[str, Any](), _sha256(out) if out.is_file() else ""
+    others = [path for path in (out, report) if path.exists()]
     try:
         if report.exists():
             done = json.loads(report.read_bytes())
-            written = _sha256(out) if out.exists() else ""
-            others = [] if done["sha256"] == written or not written else [out]
+            others = [] if written in ("", done["sha256"], done["replaced"]) else [out]
     except (OSError, ValueError, KeyError, TypeError):
         others = [report]
+    if not journal.exists() and (not done or out.suffix == ".parquet") and picture_folder(out).exists():
+        others.append(picture_folder(out))
     if others:
         raise UserError(f"{shown(others[0])} is there, and is not as this command left it: choose another output, or "
                         "move it away")
@@ -165,7 +168,7 @@ def _sha256(path: Path) -> str:
 def prepare(
     cfg: Recipe, read: Loaded, out: Path, path: Path, against: dict[str, str], work: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    """Check and write rows; the report. `path` is the journal's, which goes last: while it is there, work is left."""
+    """Check and write rows; the report. `path`: of the journal."""
     began = time.monotonic()
     benchmarks, sizes = Contamination() if against else None, dict[str, int]()
     for name, source in against.items():
@@ -182,15 +185,18 @@ def prepare(
     ):
         checks = Checks(cfg.phases["train"], judge, processor, benchmarks, pool)
         check_rows(read.rows, checks, journal, out)
-        report = summary(read, journal) | {"work": work, "benchmarks": sizes, "sha256": ""}
+        before = _sha256(out) if out.is_file() else ""
+        report = summary(read, journal) | {"work": work, "benchmarks": sizes, "sha256": before, "replaced": before}
         report["seconds"] = round(time.monotonic() - began, 1)
+
+        def describe(file: Path) -> None:
+            report["sha256"] = _sha256(file)
+            write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
+
         if report["kept"]:
-            write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]))
-            report["sha256"] = _sha256(out)
-        write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
-        journal.remove()
-        if out.suffix == ".parquet":  # which holds the pictures
-            shutil.rmtree(picture_folder(out), ignore_errors=True)
+            write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]), describe)
+        else:
+            write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 

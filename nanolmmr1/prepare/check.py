@@ -27,10 +27,10 @@ Dropped = tuple[str, str, str]  # id, reason, what is wrong
 
 
 class Looked(NamedTuple):
-    """What one row's texts and pictures say."""
+    """What one row's pictures say."""
 
     fault: tuple[str, str] | None  # reason, what is wrong
-    key: str  # hash of what is asked: the problem's words, its options, the pixels of its pictures
+    key: str  # "" with a fault; hash of what is asked: the problem's words, its options, the pixels of its pictures
     prints: list[Fingerprint]
 
 
@@ -59,11 +59,13 @@ class Checks:
         dropped: list[Dropped] = []
         asked: dict[str, str] = {}
         looked = list(self.pool.map(self._look, rows))
-        faults = [each.fault for each in looked]
+        # One after the other: a tokenizer that tokenizes special tokens as text is switched, for all threads.
+        faults = [each.fault or self._unfit(row) for row, each in zip(rows, looked, strict=True)]
         self._judge(rows, faults)
         hits: list[dict[str, Any]] = []
         for place, (row, each) in enumerate(zip(rows, looked, strict=True)):
-            faults[place] = faults[place] or self._repeats(row, each.key) or self._leaks(row, each.prints, hits)
+            leak = self._leaks(row, each.prints, hits) if each.key else None
+            faults[place] = faults[place] or self._repeats(row, each.key) or leak
             if fault := faults[place]:
                 dropped.append((row.id, *fault))
             else:
@@ -82,7 +84,7 @@ class Checks:
                     prints.append(fingerprint(image))
         except BadRow as error:
             return Looked((error.kind, str(error)), "", [])
-        return Looked(self._unfit(row), content.hexdigest()[:32], prints)
+        return Looked(None, content.hexdigest()[:32], prints)
 
     def _unfit(self, row: Row) -> tuple[str, str] | None:
         if reason := out_of_band(row, self.phase.data_filter):

@@ -105,6 +105,7 @@ class _Known(NamedTuple):
     benchmark: str
     id: str
     answer: _Answer
+    options: int  # a hash of their texts; 0 if there are none
     short: bool  # whether the whole text is one sequence
     pictured: bool
 
@@ -135,8 +136,9 @@ class Contamination:
         """
         sequences, owners, pictures, pictured = [self.sequences], [self.owners], list[Fingerprint](), list[int]()
         for row in track(rows, f"reading {benchmark}", transient=True, disable=length_hint(rows) <= 200):
-            number, words = len(self.known), _words(row.problem)
-            self.known.append(_Known(benchmark, row.id, _answer(row), len(words) < WORDS, bool(row.images)))
+            number, words = len(self.known), _words(row)
+            self.known.append(_Known(benchmark, row.id, _answer(row), _options(row), len(words) < WORDS,
+                                     bool(row.images)))  # fmt: skip
             sequences.append(_sequences(words))
             owners.append(np.full(len(sequences[-1]), number, np.int32))
             pictures += [fingerprint(open_image(item)) for item in row.images]
@@ -164,16 +166,17 @@ class Contamination:
         Args:
             pictures: of the row's images.
         """
-        overlaps = self._overlaps(_sequences(_words(row.problem)))
+        overlaps = self._overlaps(_sequences(_words(row)))
         same = {number for picture in pictures for number in self._rows_with(picture)}
         likely = sorted(same.union(number for number, overlap in overlaps.items() if overlap >= MIN_OVERLAP))
-        answer = _answer(row) if likely else _Answer("", "")
+        answer, options = (_answer(row), _options(row)) if likely else (_Answer("", ""), 0)
         hits = []
         for number in likely:
             known, picture, overlap = self.known[number], number in same, overlaps.get(number, 0.0)
             same_answer = _same_answer(answer, known.answer)
             # "Find x." is a question to many pictures.
-            if known.short and not (same_answer and (picture or not (row.images or known.pictured))):
+            alike = picture or (same_answer and not (row.images or known.pictured))
+            if known.short and not (alike and (not known.options or options in (0, known.options))):
                 overlap = 0.0
             if overlap >= MIN_OVERLAP or picture:
                 hits.append(Hit(known.benchmark, known.id, overlap, same_answer, picture))
@@ -227,10 +230,24 @@ def compare(thumbnails: Bytes, thumbnail: Bytes) -> tuple[npt.NDArray[np.float32
     return rms, (a * b).mean(1) / contrast
 
 
-def _words(problem: str) -> list[str]:
-    """The words of a problem without its options. A number, and a Chinese or Japanese character, is a word."""
-    text = _PICTURE.sub(" ", _without_options(_DRAWING.sub(" ", problem[:MAX_CHARS])))
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_TABLE)
+def _words(row: Row) -> list[str]:
+    """The words of a problem without its options. A number, and a Chinese or Japanese character, is a word.
+
+    Where little is left and the answer is no letter, A: and B: name plans or machines, and stay.
+    """
+    text = unicodedata.normalize("NFKC", _DRAWING.sub(" ", row.problem[:MAX_CHARS]))
+    words = _split(_without_options(text))
+    return words if len(words) >= WORDS or gold_letters(gold_answer(row.answer)) or row.options else _split(text)
+
+
+def _options(row: Row) -> int:
+    """A hash of the texts of a row's options, whatever their order; 0 if there are none."""
+    texts = sorted(option_values(row.options or listed_options(row.problem[-OPTION_CHARS:])).values())
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big") if texts else 0
+
+
+def _split(text: str) -> list[str]:
+    text = _PICTURE.sub(" ", text).casefold().translate(_TABLE)
     text = _SHORT_FRACTION.sub(r" \1 \2 ", _THOUSANDS.sub("", text))
     return _WORD.findall(_COMMAND.sub(lambda match: f" {_NAMES.get(match[1], '')} ", text))
 

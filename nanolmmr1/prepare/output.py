@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -100,7 +101,7 @@ def to_record(row: Row, out: Path, copy: bool = False) -> Record:
     record = {OURS: 1, "problem": row.problem, "answer": row.answer, "images": images}
     record |= {k: v for k, v in filled.items() if v}
     # Options that we cannot read stay as the data has them.
-    return record | {k: v for k, v in row.extra.items()
+    return record | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.extra.items()
                      if k not in record and (k not in COLUMNS or k == "options") and _is_utf8(k)}
 
 
@@ -122,12 +123,15 @@ def _picture(item: ImageItem, out: Path, copy: bool) -> ImageItem:
     return f"{folder.name}/{path.name}"
 
 
-def write_rows(out: Path, records: Iterable[Record]) -> None:
+def write_rows(out: Path, records: Iterable[Record], ready: Callable[[Path], None] = lambda file: None) -> None:
     """Write records to a .jsonl or .parquet file, one after the other; the file is replaced when all are written.
 
     Parquet needs a type per column: truth values, integers, floats (also of integers and floats), texts and lists of
     texts have their own; a column of anything else, or of a mixture, holds JSON text. Its pictures are embedded as
     `{"bytes", "path"}`, which `datasets` opens as images.
+
+    Args:
+        ready: called with the new file before it replaces the old one.
 
     Raises:
         UserError: a picture cannot be read, or the file not written.
@@ -137,6 +141,7 @@ def write_rows(out: Path, records: Iterable[Record]) -> None:
         WRITERS[out.suffix](temporary, iter(records), out.parent)
         os.sync()  # the pictures
         sync(temporary)
+        ready(temporary)
         os.replace(temporary, out)
         sync(out.parent)
     except OSError as error:

@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py; torch reads it when it is imported
 from rich.box import SIMPLE_HEAD
@@ -46,7 +46,15 @@ from nanolmmr1.terminal import printable, protect
 CHUNK = 64  # items asked between two writes to the cache
 FORMAT = 1  # of results; raised when an older cache must not be used
 Items = Sequence[tuple[str, Any]]  # key, JSON-able item
-Answer = Callable[[Items, Callable[[int], None]], list[Any]]  # see Session.ask
+
+
+class Question(NamedTuple):
+    """How items are asked, on every rank with its share; ranks that share an engine have the same share."""
+
+    rows: Callable[[Items], list[Row]]
+    params: SamplingParams
+    captions: bool  # whether prompts show them
+    judge: Callable[[Items, list[Group | str]], list[Any]]  # a JSON-able result per item, of its group or its fault
 
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
@@ -210,14 +218,12 @@ class Session:
         prompt = self.cfg.prompt.model_dump(exclude={"columns"})
         return dict(model=hashes, prompt=prompt, most=self.phase.max_prompt_tokens, seed=self.cfg.seed)
 
-    def ask(self, what: str, find: Callable[[], dict[str, Any]], answer: Answer) -> int:
+    def ask(self, what: str, find: Callable[[], dict[str, Any]], question: "Question") -> int:
         """Have everything answered that is not known yet; rank 0 then knows it.
 
         Args:
             what: for the display.
             find: called on rank 0; returns key -> JSON-able item, of all that must be known.
-            answer: called on every rank with its share of a chunk and with a function that counts progress; returns a
-                JSON-able result per item. Ranks that share an engine have the same share.
 
         Returns:
             The number of items that were asked.
@@ -237,7 +243,7 @@ class Session:
             with self.display.busy(what, sum(map(len, shares))) as advance:
                 for chunk, share in zip(chunks, shares, strict=True):
                     with self.watch.stage(what, done):
-                        self._ask_chunk(chunk, share, ranks, functools.partial(answer, share, advance))
+                        self._ask_chunk(chunk, share, ranks, question, advance)
                     done += len(chunk)
         except Preempted as stop:
             stop.signal = signal.Signals(self.watch.stopping or signal.SIGTERM)  # without one: another rank got it
@@ -247,10 +253,18 @@ class Session:
         self.watch.defer = False
         return len(todo)
 
-    def _ask_chunk(self, chunk: Items, share: Items, ranks: int, answer: Callable[[], list[Any]]) -> None:
+    def _ask_chunk(
+        self, chunk: Items, share: Items, ranks: int, question: "Question", advance: Callable[[int], None]
+    ) -> None:
+        def prompts() -> list[Prompt | str]:
+            return [self._prompt(row, question.captions) for row in question.rows(share)]
+
+        # Two steps, because ranks that share an engine must enter it together: a rank that is told to stop while it
+        # prepares a prompt would leave the other one waiting inside.
+        prepared = dist.together(prompts)
+
         def results() -> list[Any]:
-            self.watch.check()
-            return answer() if share else []
+            return question.judge(share, self._generate(prepared, share, question.params, advance)) if share else []
 
         messages = dist.gather(json.dumps(dist.together(results)).encode())[::ranks]
         answers = [result for message in messages for result in json.loads(message)]
@@ -258,18 +272,13 @@ class Session:
         dist.on_main(lambda: self.cache.append(found))
         self.known.update(found)
 
-    def generate(
-        self, rows: Sequence[Row], keys: Sequence[str], params: SamplingParams, captions: bool,
-        advance: Callable[[int], None],
+    def _generate(
+        self, prompts: list[Prompt | str], items: Items, params: SamplingParams, advance: Callable[[int], None]
     ) -> list[Group | str]:
-        """Sample a group per row, with seeds made of the keys; for a row that cannot be asked, the reason.
-
-        Called on this rank alone, inside `ask`.
-        """
-        prompts = [self._prompt(row, captions) for row in rows]
-        seeds = [(int(key[:8], 16), int(key[8:16], 16)) for key in keys]
-        asked = [(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True) if isinstance(prompt, Prompt)]
-        advance(len(rows) - len(asked))
+        """Sample a group per prompt, with seeds made of the keys; what is no prompt is the reason and stays."""
+        asked = [(prompt, (int(key[:8], 16), int(key[8:16], 16)))
+                 for prompt, (key, _) in zip(prompts, items, strict=True) if isinstance(prompt, Prompt)]  # fmt: skip
+        advance(len(prompts) - len(asked))
         groups = iter(self.sampler.generate(
             [prompt for prompt, _ in asked], params, [seed for _, seed in asked], on_progress=advance,
             should_stop=self.watch.should_stop,

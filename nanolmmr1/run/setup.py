@@ -219,7 +219,11 @@ def share_rows(
 
 def _read(names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None) -> "Read":
     """Read sources. One that lacks a named column is read without that name, if another source has it."""
-    file, path = tempfile.mkstemp(prefix=ROWS, dir=folder)
+    try:
+        file, path = tempfile.mkstemp(prefix=ROWS, dir=folder)
+    except OSError as error:
+        raise UserError(f"{folder or tempfile.gettempdir()}: rows cannot be written there ({error}); the folder of the "
+                        "output must be there on every host") from error  # fmt: skip
     with contextlib.ExitStack() as on_error:
         on_error.callback(os.unlink, path)
         rows, notes, missing, found = Rows(file), list[str](), dict[str, str](), set[str]()
