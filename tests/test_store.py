@@ -1,5 +1,6 @@
 """Rows on disk: what is written is read again, from several threads and processes, in little memory."""
 
+import errno
 import gc
 import os
 import threading
@@ -7,6 +8,7 @@ import threading
 import pytest
 
 from nanolmmr1.data.store import Row, Rows
+from nanolmmr1.errors import UserError
 
 FULL = Row("<image>\n<image> Find x.\n\u2028", "\\frac12", ["/a/b.png", b"\x00\n{}" * 100], "a\nb", "id", "task",
            {"level": [1, {"x": None}], "nan\u00e9": "\ud800"}, ["1", "2"])
@@ -72,6 +74,16 @@ def test_a_file_that_was_cut_is_noticed():
     assert store[0] == FULL
     with pytest.raises(AssertionError, match="the file was cut"):
         store[1]
+
+
+def test_a_full_disk_is_an_error_of_the_user(monkeypatch):
+    """All ranks of a run then end together."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="No space left.*free some space"):
+        filled(FULL)
 
 
 def test_a_sealed_file_is_opened_by_its_name(tmp_path):

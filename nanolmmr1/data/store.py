@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from nanolmmr1.errors import UserError
+
 INDEX = array("Q")  # its type is that of positions in a file
 ImageItem = str | bytes  # an absolute path, or the bytes of an image file
 
@@ -52,10 +54,18 @@ class _File:
         os.close(self.number)
 
     def write(self, data: bytes) -> None:
-        """Write behind the end; a single call to the system may take a part."""
+        """Write behind the end; a single call to the system may take a part.
+
+        Raises:
+            UserError: the disk is full.
+        """
         left = memoryview(data)
         while left:
-            written = os.pwrite(self.number, left, self.end)
+            try:
+                written = os.pwrite(self.number, left, self.end)
+            except OSError as error:
+                raise UserError(f"rows cannot be written to disk ({error}): free some space where the output is") \
+                    from error
             self.end, left = self.end + written, left[written:]
 
 
