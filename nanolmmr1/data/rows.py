@@ -329,6 +329,16 @@ def out_of_band(row: Row, bands: dict[str, list[float]]) -> str:
     return ""
 
 
+def measured(row: Row, processor: Measures, captions: bool, most: int) -> Size:
+    """`processor.measure`, but of a row that must have more than `most` tokens only a lower bound of them.
+
+    Tokenizing takes 200 bytes per character, so such a text is not tokenized.
+    """
+    is_long = len(row.problem) + len(row.caption) * captions > most  # a token has a character or more
+    least = processor.at_least(row, captions) if is_long else 0
+    return (least, 0) if least > most else processor.measure(row, captions)
+
+
 def select_rows(rows: Sequence[Row], processor: Measures, captions: bool, max_prompt_tokens: int, judge: ChecksGold,
                 where: str, bands: dict[str, list[float]] | None = None) -> Selected:
     """Select the rows that a phase can train on.
@@ -354,11 +364,8 @@ def select_rows(rows: Sequence[Row], processor: Measures, captions: bool, max_pr
             return "no caption"
         if reason := out_of_band(row, bands or {}):
             return reason
-        # Tokenising takes 200 bytes per character, so a text that must be too long is not tokenised.
-        long = len(row.problem) + len(row.caption) * captions > max_prompt_tokens  # a token has a character or more
-        least = processor.at_least(row, captions) if long else 0
         try:
-            size = (least, 0) if least > max_prompt_tokens else processor.measure(row, captions)
+            size = measured(row, processor, captions, max_prompt_tokens)
         except UserError as error:
             note(selected.unusable, str(error))
             return "no prompt"

@@ -19,6 +19,7 @@ from typing import Any, overload
 
 from nanolmmr1.errors import UserError
 
+PREFIX = ".rows."  # of the names of files with rows, while they have one
 INDEX = array("Q")  # its type is that of positions in a file
 ImageItem = str | bytes  # an absolute path, or the bytes of an image file
 
@@ -88,7 +89,7 @@ class Rows(Sequence[Row]):
         Args:
             folder: of the file; None: the system's, which may be in memory.
         """
-        file, path = tempfile.mkstemp(prefix=".rows.", dir=folder)
+        file, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
         os.unlink(path)
         return cls(file)
 

@@ -170,12 +170,11 @@ def prepare(
 ) -> dict[str, Any]:  # fmt: skip
     """Check and write rows; the report. `path`: of the journal."""
     began = time.monotonic()
-    benchmarks, sizes = Contamination() if against else None, dict[str, int]()
+    benchmarks, sizes = Contamination(), dict[str, int]()
     for name, source in against.items():
         held = load_rows(source, rows=Rows.temporary(out.parent))
         print("\n".join(held.notes))
         sizes[name] = len(held.rows)
-        assert benchmarks is not None, "there are benchmarks"
         benchmarks.add(name, held.rows)
     processor = Processor(weights.find(cfg.model), cfg.prompt) if cfg.model != NO_MODEL else None
     with (
@@ -183,20 +182,20 @@ def prepare(
         Judge(cfg.reward) as judge,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
-        checks = Checks(cfg.phases["train"], judge, processor, benchmarks, pool)
+        checks = Checks(cfg.phases["train"], judge, processor, benchmarks if against else None, pool)
         check_rows(read.rows, checks, journal, out)
         before = _sha256(out) if out.is_file() else ""
-        report = summary(read, journal) | {"work": work, "benchmarks": sizes, "sha256": before, "replaced": before}
+        report = summary(read, journal) | {"work": work, "benchmarks": sizes, "replaced": before}
         report["seconds"] = round(time.monotonic() - began, 1)
 
-        def describe(file: Path) -> None:
-            report["sha256"] = _sha256(file)
+        def describe(file: Path | None) -> None:
+            report["sha256"] = _sha256(file) if file else before
             write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
 
         if report["kept"]:
             write_rows(out, (record for chunk in journal.chunks() for record in chunk["rows"]), describe)
         else:
-            write_atomically(report_path(out), (json.dumps(report, indent=1) + "\n").encode())
+            describe(None)
     return report
 
 

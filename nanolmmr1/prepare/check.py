@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nanolmmr1.data.images import open_checked
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.readers import BadRow, shown
-from nanolmmr1.data.rows import out_of_band
+from nanolmmr1.data.rows import measured, out_of_band
 from nanolmmr1.data.store import Row
 from nanolmmr1.errors import UserError
 from nanolmmr1.prepare.decontaminate import Contamination, Fingerprint, fingerprint
@@ -91,12 +91,12 @@ class Checks:
             return reason, reason
         if not self.processor:
             return None
+        most = self.phase.max_prompt_tokens
         try:
-            tokens, _ = self.processor.measure(row, self.phase.captions)
+            tokens, _ = measured(row, self.processor, self.phase.captions, most)
         except UserError as error:
             return "no prompt", str(error)
-        most = self.phase.max_prompt_tokens
-        return ("prompt too long", f"{tokens:,} tokens, more than {most:,}") if tokens > most else None
+        return ("prompt too long", f"more than {most:,} tokens") if tokens > most else None
 
     def _judge(self, rows: Sequence[Row], faults: list[tuple[str, str] | None]) -> None:
         """Whether the reward gives a gold answer to itself."""
@@ -118,6 +118,5 @@ class Checks:
     def _leaks(self, row: Row, prints: list[Fingerprint], hits: list[dict[str, Any]]) -> tuple[str, str] | None:
         if not self.benchmarks or not (hit := self.benchmarks.find(row, prints)):
             return None
-        hits.append({"id": row.id, **hit._asdict(), "benchmark_id": hit.id, "dropped": hit.contaminated})
-        hits[-1]["id"] = row.id
+        hits.append({**hit._asdict(), "id": row.id, "benchmark_id": hit.id, "dropped": hit.contaminated})
         return ("in a benchmark", f"{hit.benchmark} {hit.id}") if hit.contaminated else None

@@ -30,6 +30,7 @@ from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import ImageItem
 from nanolmmr1.data.prompt import Processor, Prompt
 from nanolmmr1.data.readers import BadRow, reason, shown
+from nanolmmr1.data.rows import measured
 from nanolmmr1.data.store import Row
 from nanolmmr1.errors import DISK_FULL, Preempted, SharedError, UserError
 from nanolmmr1.model import weights
@@ -218,7 +219,7 @@ class Session:
         prompt = self.cfg.prompt.model_dump(exclude={"columns"})
         return dict(model=hashes, prompt=prompt, most=self.phase.max_prompt_tokens, seed=self.cfg.seed)
 
-    def ask(self, what: str, find: Callable[[], dict[str, Any]], question: "Question") -> int:
+    def ask(self, what: str, find: Callable[[], dict[str, Any]], question: Question) -> int:
         """Have everything answered that is not known yet; rank 0 then knows it.
 
         Args:
@@ -254,7 +255,7 @@ class Session:
         return len(todo)
 
     def _ask_chunk(
-        self, chunk: Items, share: Items, ranks: int, question: "Question", advance: Callable[[int], None]
+        self, chunk: Items, share: Items, ranks: int, question: Question, advance: Callable[[int], None]
     ) -> None:
         def prompts() -> list[Prompt | str]:
             return [self._prompt(row, question.captions) for row in question.rows(share)]
@@ -288,12 +289,11 @@ class Session:
     def _prompt(self, row: Row, captions: bool) -> Prompt | str:
         """The prompt of a row, or the reason why there is none."""
         self.watch.check()
-        most, processor = self.phase.max_prompt_tokens, self.processor
-        # A text that must be too long is not tokenized, which takes 200 bytes per character.
+        most = self.phase.max_prompt_tokens
         try:
-            if processor.at_least(row, captions) > most or processor.measure(row, captions)[0] > most:
+            if measured(row, self.processor, captions, most)[0] > most:
                 return "prompt too long"
-            return processor.prepare(row, captions)
+            return self.processor.prepare(row, captions)
         except BadRow as error:
             return error.kind
         except UserError:

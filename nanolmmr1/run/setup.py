@@ -20,7 +20,7 @@ import torch
 from nanolmmr1 import files, schema
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import NoColumn, load_rows, select_rows
-from nanolmmr1.data.store import Row, Rows
+from nanolmmr1.data.store import PREFIX, Row, Rows
 from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.model.qwen import Qwen25VL
@@ -36,7 +36,6 @@ from nanolmmr1.run.trainer import Progress, Trainer
 from nanolmmr1.schema import Recipe
 from nanolmmr1.update.policy import Policy, compute_dtype
 
-ROWS = ".rows."  # how files with rows begin, while they have a name
 Sizes = list[tuple[int, int]]  # per row: prompt tokens, image patches
 
 
@@ -144,7 +143,7 @@ class _Loader:
 
     def _clear(self) -> None:
         """Remove rows of a run that was killed while it read them."""
-        for path in self.folder.glob(f"{ROWS}*") if self.folder else ():
+        for path in self.folder.glob(f"{PREFIX}*") if self.folder else ():
             path.unlink()
 
     def select(
@@ -220,7 +219,7 @@ def share_rows(
 def _read(names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None) -> "Read":
     """Read sources. One that lacks a named column is read without that name, if another source has it."""
     try:
-        file, path = tempfile.mkstemp(prefix=ROWS, dir=folder)
+        file, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
     except OSError as error:
         raise UserError(f"{folder or tempfile.gettempdir()}: rows cannot be written there ({error}); the folder of the "
                         "output must be there on every host") from error  # fmt: skip
@@ -245,7 +244,7 @@ def _read(names: list[str], columns: dict[str, str], options: schema.Data, folde
             dropped += Counter(loaded.dropped)
             notes += [f"{error}; its rows were read without that name" for error in lacks] + loaded.notes
         digest = hashlib.sha256()
-        for row in rows:
+        for row in rows if dist.size() > 1 else ():  # for a comparison between hosts
             digest.update(f"{row.problem}\t{row.answer}\t{row.caption}\n".encode())
         rows.seal()
         on_error.pop_all()
