@@ -14,7 +14,7 @@ three further captions at temperature 1.
 
 Exit status: 0; 2 something is wrong (the message says what); 143 or 130 stopped by SIGTERM or Ctrl-C.
 
-Next: doctor.py, a check of this machine.
+Next: benchmarks/table.py, benchmarks.
 """
 
 import dataclasses

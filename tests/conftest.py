@@ -58,6 +58,22 @@ def tiny(shared, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A folder of 400 kB with a tokenizer of its own, for what does not depend on the model."""
+    from nanolmmr1.doctor import write_model
+
+    return write_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def least(shared, tmp_path_factory):
+    """A folder with 5 M parameters: the smallest model that reads text and pictures with the real tokenizer."""
+    return make_checkpoint(shared, tmp_path_factory.mktemp("least") / "model", *(
+        "--hidden 32 --intermediate 32 --layers 1 --heads 2 --kv-heads 1 --vision-depth 1 --vision-hidden 32 "
+        "--vision-heads 2 --vision-intermediate 32").split())  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def tiny_untied(shared, tmp_path_factory):
     """As `tiny`, with a head of its own."""
     return make_checkpoint(shared, tmp_path_factory.mktemp("tiny_untied") / "model", "--untied")

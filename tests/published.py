@@ -1,6 +1,5 @@
 """Data sets as they are published, small: invented rows of shared/notes/schemas.json, with real pictures."""
 
-import copy
 import csv
 import io
 import json
@@ -56,12 +55,18 @@ def _paths(value):
 
 def publish(name, folder, count=4):
     """Write `count` rows of a source as it is published; returns what a user names as the source."""
+    text, question = json.dumps(SOURCES[name]["row"], ensure_ascii=False), QUESTIONS[name]
+    return write(name, folder, [json.loads(text.replace(question, f"{question} Case {number}."))
+                                for number in range(count)], pictures())  # fmt: skip
+
+
+def write(name, folder, rows, real):
+    """Write rows as a source is published, as parquet if SOURCES lacks it, each with its own pictures of `real`."""
     folder.mkdir(parents=True, exist_ok=True)
-    records, files, real = [], {}, pictures()
-    for number in range(count):
-        record, question = copy.deepcopy(SOURCES[name]["row"]), QUESTIONS[name]
-        text = json.dumps(record, ensure_ascii=False).replace(question, f"{question} Case {number}.")
-        for path in sorted(set(_paths(record))):
+    records, files = [], {}
+    for number, row in enumerate(rows):
+        text = json.dumps(row, ensure_ascii=False)
+        for path in sorted(set(_paths(row))):
             own = path.replace(".", f"-{number}.")
             text = text.replace(path, own)
             files[own.removeprefix("file:///data/")] = real[(len(files) * 7) % len(real)]
@@ -103,7 +108,8 @@ def _write_rows(name, folder, records, real):
             writer.writeheader()
             writer.writerows(records)
         return str(folder / "gpqa.csv")
-    if "parquet" in SOURCES[name]["container"] or "as math" in SOURCES[name]["container"]:
+    container = SOURCES[name]["container"] if name in SOURCES else "parquet"
+    if "parquet" in container or "as math" in container:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "train.parquet")
         return str(folder / "train.parquet")
     whole = json.dumps({str(i): r for i, r in enumerate(records)} if name in KEYED else records, ensure_ascii=False)

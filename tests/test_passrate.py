@@ -16,7 +16,6 @@ from PIL import Image
 from nanolmmr1 import passrate
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import load_rows
-from nanolmmr1.doctor import write_model
 from nanolmmr1.errors import Preempted, UserError
 from nanolmmr1.reward.judge import Judge
 from nanolmmr1.rollout.local import LocalSampler
@@ -27,6 +26,7 @@ FEW = ["defaults.max_response_tokens=3", "prompt.max_pixels=6000", "reward.worke
 NURSERY = """
 import json, os, sys
 from nanolmmr1 import caption, passrate
+from nanolmmr1.evaluate import __main__ as evaluate
 from nanolmmr1.prepare import sampling
 for line in sys.stdin:
     name, said, *arguments = json.loads(line)
@@ -34,16 +34,10 @@ for line in sys.stdin:
         sys.argv[1:] = arguments
         for number in (1, 2):
             os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-        sampling.run({"caption": caption, "passrate": passrate}[name].main)
+        sampling.run({"caption": caption, "evaluate": evaluate, "passrate": passrate}[name].main)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory):
-    """A random model of 400 kB."""
-    return write_model(tmp_path_factory.mktemp("small"))
 
 
 class Command:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import published
 import pytest
-from conftest import make_checkpoint
 
 import train
 from nanolmmr1.caption import main as caption
@@ -20,14 +19,6 @@ READ_AS = {"mathvista_free_form": "mathvista", "mathverse_vision_only": "mathver
            "geometry3k_hiyouga": "geometry3k", "virl39k_hub_copy": "virl39k", "lmm_r1_message_jsonl": "lmm_r1",
            "lmm_r1_text_jsonl": "lmm_r1", "mm_eureka_jsonl": "mm_eureka", "mathv360k": "llava",
            "llava_conversations": "llava", "verl_parquet": "verl", "math_hendrycks": "math"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def least(shared, tmp_path_factory):
-    """The smallest model that reads text and pictures with the real tokenizer."""
-    return make_checkpoint(shared, tmp_path_factory.mktemp("least") / "model", *(
-        "--hidden 32 --intermediate 32 --layers 1 --heads 2 --kv-heads 1 --vision-depth 1 --vision-hidden 32 "
-        "--vision-heads 2 --vision-intermediate 32").split())  # fmt: skip
 
 
 def content(row):

@@ -136,13 +136,13 @@ def test_changes_are_told_key_by_key():
 
 
 @pytest.fixture(scope="module")
-def home(tiny, tmp_path_factory):
+def home(small_model, tmp_path_factory):
     """A folder with rows.jsonl and `out`, a run of one of two steps: (folder, arguments)."""
     from test_run import finish, start
 
     home = tmp_path_factory.mktemp("home")
     write_rows(home / "rows.jsonl", sums(6))
-    args = ["single", f"model={tiny}", "phases.train.data=rows.jsonl", "output=out", "reward.workers=1", *SMALL]
+    args = ["single", f"model={small_model}", "phases.train.data=rows.jsonl", "output=out", "reward.workers=1", *SMALL]
     finish(start([*args, "phases.train.steps=1"], cwd=home))
     return home, args
 
@@ -231,9 +231,9 @@ def test_pictures_count_as_rows_do(tmp_path):
         digest(b"13", as_bytes=True)}) == 5  # fmt: skip
 
 
-def test_a_model_that_was_moved_is_gone_on_with_only_if_the_recipe_says_so(again, tiny):
+def test_a_model_that_was_moved_is_gone_on_with_only_if_the_recipe_says_so(again, small_model):
     folder, resume = again
-    shutil.copytree(tiny, folder / "moved")
+    shutil.copytree(small_model, folder / "moved")
     status, _, error = resume("model=moved")
     assert status == 2 and "not moved" in error and "resume=changed" in error
     assert resume("model=moved", "resume=changed")[0] == 0

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures_benchmarks import publish_benchmark
 from PIL import Image
+from published import SOURCES
 from small import SmallJudge
 from test_rollout import ROWS, ids, params, seeds
 
@@ -396,6 +398,23 @@ def test_two_ranks_sample_with_an_engine_each_or_one_between_them(tiny, tmp_path
         assert abs(records[1]["actor/entropy"] - records[0]["actor/entropy"]) > 1e-3  # the weights have moved
         for record in records:  # and each engine with them
             assert record["mismatch/image/logp_abs"] < 1e-5 and record["mismatch/text/logp_abs"] < 1e-5
+
+
+@needs_vllm
+def test_a_benchmark_is_evaluated_as_by_our_own_sampler(policy, tiny, tmp_path):
+    if not SOURCES:
+        pytest.skip("needs the shared notes")
+    model = tmp_path / "model"
+    export.save(policy.model, model, tiny)
+    sources = [f"{name}={publish_benchmark(name, tmp_path / name)}" for name in ("mathvision", "math500")]
+    for engine in ("local", "vllm"):
+        command = [sys.executable, "-m", "nanolmmr1.evaluate", model, *sources, "--out", tmp_path / engine,
+                   f"rollout.engine={engine}", "defaults.max_response_tokens=16", "prompt.max_pixels=20000"]
+        subprocess.run([*command, "dtype=float32"], cwd=ROOT, check=True, capture_output=True, text=True)
+    local, vllm = ([json.loads(line) for line in (tmp_path / engine / "items.jsonl").read_text().splitlines()]
+                   for engine in ("local", "vllm"))  # fmt: skip
+    assert len(local) == 24 and vllm == local
+    assert len({item["responses"][0]["text"] for item in local}) > 12
 
 
 @needs_vllm

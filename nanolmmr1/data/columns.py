@@ -18,7 +18,7 @@ from nanolmmr1.data import chat, images
 from nanolmmr1.data.archives import PictureFolder
 from nanolmmr1.data.images import MARKER, ImageItem
 from nanolmmr1.data.readers import BadRow, parsed, shown
-from nanolmmr1.data.schemas import OURS, Schema, without_instruction
+from nanolmmr1.data.schemas import MOST_DECIMALS, OURS, Schema, without_instruction
 
 MAX_TEXT = 16 << 20  # characters of a problem, answer, caption or task
 MAX_ID = 200  # characters of an id, which appears in logs and messages
@@ -35,7 +35,12 @@ COLUMNS = {
                "image_name", "picture", "pictures", "picture_path", "photo", "photos", "figure", "figures",
                "figure_path", "diagram", "diagrams", "screenshot", "jpg", "jpeg", "png", "webp", "image_url",
                "image_urls", *CHATS),
-    "options": ("options", "choices", "option"), "caption": ("caption",), "id": ("id", "qid"), "task": ("task",)}
+    "options": ("options", "choices", "option"), "caption": ("caption",), "id": ("id", "qid"), "task": ("task",),
+    "gold_rule": ("gold_rule",)}
+# The keys of a gold rule, each optional, and what their values are.
+GOLD_RULE = {"accept": "a list of texts, other gold answers that are right as well",
+             "decimals": f"an integer up to {MOST_DECIMALS}: answer and gold are rounded to so many decimals",
+             "tolerance": "a list of the largest absolute differences from gold, one for each part of gold or for all"}
 # Any value of these is meant as a picture; the other names count only where the value plainly is one.
 PICTURES = ("images", "decoded_image", "image")
 NUMBERED = "image_<number>"  # stands for image_1, image_2 ... together
@@ -226,6 +231,23 @@ class Fields:
         """The options of a multiple choice; [] if there are none, or they cannot be read."""
         return _options(self._value("options")[0])
 
+    def gold_rule(self) -> dict[str, Any]:
+        """How answers are compared with gold beyond the general rules; {} for most rows.
+
+        Raises:
+            BadRow: the column holds anything but a GOLD_RULE.
+        """
+        value = self._value("gold_rule")[0]
+        value = value if not isinstance(value, str) or (inner := parsed(value)) is None else inner
+        if value in EMPTY:
+            return {}
+        # Parquet gives all rows the same keys, and those that a row lacks are None.
+        rule = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {"": value}
+        if wrong := [key for key in rule if not _fits(key, rule[key])]:
+            raise BadRow("wrong gold rule", f"gold_rule has {brief(wrong[0])}: {brief(rule[wrong[0]])}; it may have "
+                         + "; ".join(f"{key}: {what}" for key, what in GOLD_RULE.items()))
+        return rule
+
     def id(self) -> str:
         """The id in one short printable line, or ""."""
         value, _ = self._value("id")
@@ -262,6 +284,17 @@ def _text(value: Any, column: str) -> str:
     if re.search("[\ud800-\udfff]", value):
         raise BadRow("half a surrogate", f"{column} holds half a surrogate pair, which is no text; repair its encoding")
     return value
+
+
+def _fits(key: Any, value: Any) -> bool:
+    """Whether a value is one of this key of GOLD_RULE."""
+    if key == "decimals":
+        return type(value) is int and 0 <= value <= MOST_DECIMALS
+    if key not in ("accept", "tolerance") or not isinstance(value, list):
+        return False
+    if key == "accept":
+        return all(isinstance(each, str) and _text(each, "gold_rule.accept") for each in value)
+    return all(type(each) in (int, float) and 0 <= each < math.inf for each in value)
 
 
 def _options(value: Any) -> list[str]:

@@ -246,7 +246,8 @@ class _Source:
         for ours, name in fields.names.items():
             self.used[ours][f"the chat in {name!r}" if name in fields.chats else repr(name)] += 1
         return Row(marked, text["answer"], items, text["caption"], fields.id() or os.path.basename(place),
-                   text["task"], fields.extra(), [images.NUMBERED.sub(r"image \1", option) for option in options])
+                   text["task"], fields.extra(), [images.NUMBERED.sub(r"image \1", option) for option in options],
+                   fields.gold_rule())
 
     def _schema(self, record: schemas.Record) -> schemas.Schema:
         """The record's schema: the named one, or the one that its columns fit."""

@@ -3,18 +3,20 @@
 Most data is read by the names of its columns alone (columns.py). An entry says what names cannot: which of several
 columns counts, which instruction is baked into the text, and what a value means. To add one, write an entry: `has` are
 columns that rows of no other entry have together, `columns` are tried before the common names, `change` returns the
-record with other values. `prompt.columns` comes before all of them.
+record with other values, and with a `gold_rule` if answers are compared in a way of their own. `prompt.columns` comes
+before all of them.
 
 Next: chat.py, rows that are chats.
 """
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from nanolmmr1.data.readers import BadRow
+from nanolmmr1.data.readers import BadRow, parsed
 from nanolmmr1.errors import UserError
 
 Record = dict[str, Any]
@@ -57,6 +59,7 @@ AFTER = (
 SHORT = ("Let's think step by step", "Please reason step by step", "Please think step by step")
 MOST = 5  # instructions of one problem
 MARKERS = re.compile(r"(?:\s*<image>)*\s*")
+MOST_DECIMALS = 15  # of a gold rule
 
 
 def without_instruction(problem: str) -> str:
@@ -99,20 +102,64 @@ def _is_text(value: Any) -> bool:
 
 
 def _mathvista(record: Record) -> Record:
-    """Units stand apart."""
-    question, unit = record.get("question"), record.get("unit")
-    return record | {"question": f"{question} (Unit: {unit})"} if _is_text(question) and _is_text(unit) else record
+    """Units stand apart; floating-point numbers are compared to a precision, 1 or 1.0. Without a valid one: exactly."""
+    question, unit, precision = record.get("question"), record.get("unit"), record.get("precision")
+    joined = {"question": f"{question} (Unit: {unit})"} if _is_text(question) and _is_text(unit) else {}
+    decimals = next((n for n in range(MOST_DECIMALS + 1) if n == precision), None)
+    is_rounded = record.get("answer_type") == "float" and decimals is not None
+    return record | joined | {"gold_rule": {"decimals": decimals} if is_rounded else {}}
 
 
 def _mathverse(record: Record) -> Record:
-    """The text of a Vision Only row is in its picture; what is asked then is the benchmark's own prompt."""
-    return record if record.get("question") else record | {"question": record.get("query_cot")}
+    """The text of a Vision Only row is in its picture; what is asked then is the benchmark's own prompt.
+
+    Some golds are an option's text, begin with a word as in "Area $=12$", or have a degree sign read as GBK.
+    """
+    record = record if record.get("question") else record | {"question": record.get("query_cot")}
+    if not isinstance(gold := record.get("answer"), str):
+        return record
+    gold = re.sub(r"^\s*(?:[A-Za-z]{3,}|S\.A\.)(?: [A-Za-z]+)*\s*(\$?)\s*=", r"\1", gold.replace("\u63b3", "\u00b0"))
+    if record.get("question_type") == "multi-choice" and not re.fullmatch(r"(?:[\W_]*[A-J])+[\W_]*", gold):
+        texts = "\n".join(str(record.get(name)) for name in ("question", "question_for_eval"))
+        letters = set(re.findall(rf"(?<!\S)\(?([A-J])[.:)]\s*{re.escape(gold.strip())}(?!\S)", texts))
+        gold = letters.pop() if len(letters) == 1 else gold
+    return record | {"answer": gold}
 
 
 def _olympiad(record: Record) -> Record:
-    """Questions of physics may share a context."""
+    """Questions of physics may share a context; a tolerance is text."""
     parts = [record.get("context"), record.get("question")]
-    return record | {"question": "\n".join(map(str, parts))} if all(map(_is_text, parts)) else record
+    joined = {"question": "\n".join(map(str, parts))} if all(map(_is_text, parts)) else {}
+    return record | joined | {"gold_rule": _tolerance(record.get("error"))}
+
+
+def _tolerance(error: Any) -> dict[str, list[float]]:
+    """The gold rule of a tolerance: 0.1, "1e-1", or "1e-1,,2" for several values, where none stands for 0.
+
+    {} for anything else: the answer must be exact then.
+    """
+    if isinstance(error, bool) or not isinstance(error, str | int | float):
+        return {}
+    try:
+        values = [float(each.strip() or 0) for each in str(error).split(",")]
+    except ValueError:
+        return {}
+    return {"tolerance": values} if any(values) and all(0 <= each < math.inf for each in values) else {}
+
+
+def _mmmu(record: Record) -> Record:
+    """The answer of an open question may be a text of several, any of which is right; numbers have two decimals."""
+    if record.get("question_type") != "open":
+        return record
+    gold = record.get("answer")
+    found = parsed(gold) if isinstance(gold, str) else gold
+    texts = [str(each) for each in (found if isinstance(found, list) else [gold])
+             if each is not None and str(each).strip()]
+    return record | {"answer": texts[0] if texts else None, "gold_rule": {"accept": texts[1:], "decimals": 2}}
+
+
+def _dynamath(record: Record) -> Record:
+    return record | {"gold_rule": {"tolerance": [1e-3]} if record.get("answer_type") == "float" else {}}
 
 
 def _gpqa(record: Record) -> Record:
@@ -142,8 +189,8 @@ def _sokoban(record: Record) -> Record:
 OURS = "nanolmmr1"  # a column of the rows that prepare, passrate and caption write; its value is their version
 SCHEMAS = (
     # Rows that we wrote keep the columns of their source, which must not be read a second time.
-    Schema(OURS, (OURS,), {name: name for name in ("problem", "answer", "images", "options", "caption", "id", "task")},
-           common=False),
+    Schema(OURS, (OURS,), {name: name for name in
+           ("problem", "answer", "images", "options", "caption", "id", "task", "gold_rule")}, common=False),
     # training sources
     Schema("virl39k", ("PassRate_32BTrained", "qid"), change=_virl39k),
     Schema("virl39k", ("qid", "category", "images", "problem")),
@@ -167,10 +214,11 @@ SCHEMAS = (
     Schema("mathvision", ("question", "options", "level", "subject", "solution")),
     Schema("olympiadbench", ("final_answer", "question", "answer_type"), change=_olympiad),
     Schema("mmstar", ("question", "l2_category", "meta_info")),
-    Schema("mmmu", ("question", "img_type", "topic_difficulty")),
+    Schema("mmmu", ("question", "img_type", "topic_difficulty"), change=_mmmu),
     Schema("wemath", ("question", "option", "knowledge concept")),
     Schema("logicvista", ("imagename", "question", "broad_capability")),
-    Schema("dynamath", ("question", "answer_type", "level", "subject")),
+    *(Schema("dynamath", ("question", "answer_type", level, "subject"), change=_dynamath)
+      for level in ("level", "knowledge_level")),
     Schema("gpqa", ("Question", "Correct Answer", "Incorrect Answer 3"), change=_gpqa, text_gold=True),
     Schema("math500", ("problem", "unique_id", "subject", "level")),
     # text, by few columns, so they come last

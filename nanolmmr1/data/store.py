@@ -36,12 +36,14 @@ class Row:
     task: str = ""
     extra: dict[str, Any] = field(default_factory=dict)  # the data's other columns that are JSON
     options: list[str] = field(default_factory=list)  # of a multiple choice, in the order A, B, ...
+    # How answers are compared with gold beyond the general rules; see columns.GOLD_RULE.
+    gold_rule: dict[str, Any] = field(default_factory=dict)
 
     def public(self) -> dict[str, Any]:
         """The row for reward functions, JSON-able: all columns, images by path or size."""
         images = [item if isinstance(item, str) else f"<{len(item)} bytes>" for item in self.images]
         return self.extra | dict(problem=self.problem, answer=self.answer, images=images, caption=self.caption,
-                                 id=self.id, task=self.task, options=self.options)
+                                 id=self.id, task=self.task, options=self.options, gold_rule=self.gold_rule)
 
 
 class _File:

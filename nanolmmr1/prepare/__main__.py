@@ -6,8 +6,8 @@ SCHEMA is the layout of the rows, such as virl39k (see --help), or `auto`: by th
 folder, or a hub id, whose files are then downloaded; pictures may be files, bytes in the rows, or in a .zip or .tar
 beside them. OUT is a .jsonl file, with its pictures in a folder beside it, or a .parquet file with the pictures inside.
 Rows are dropped if they cannot be read, if no response can earn their reward, if an earlier row asks the same, or if
-they repeat a row of a BENCHMARK, which is a source as well. OUT.report.json lists every row that a benchmark may hold,
-dropped or not.
+they repeat a row of a BENCHMARK: a source, or a name that `nanolmmr1.evaluate` knows, as mathvision, or NAME=SOURCE.
+OUT.report.json lists every row that a benchmark may hold, dropped or not.
 
 Keys are those of a recipe: prompt.columns, data.image_dir, reward.option_value; defaults.data_filter keeps a band of a
 numeric column; with model=FOLDER, prompts over defaults.max_prompt_tokens are dropped.
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolmmr1 import config
+from nanolmmr1.benchmarks.choose import Chosen, choose, kept
 from nanolmmr1.data import schemas
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.readers import HUB, READERS, reason, shown
@@ -42,7 +43,7 @@ from nanolmmr1.prepare.check import Checks
 from nanolmmr1.prepare.decontaminate import Contamination
 from nanolmmr1.prepare.journal import Journal
 from nanolmmr1.prepare.output import check_output, picture_folder, source_path, to_record, write_rows
-from nanolmmr1.prepare.sampling import print_table, run
+from nanolmmr1.prepare.sampling import overrides, print_table, run
 from nanolmmr1.report.display import Display
 from nanolmmr1.reward.judge import Judge
 from nanolmmr1.schema import Recipe
@@ -65,17 +66,17 @@ def main(args: list[str]) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--against", metavar="BENCHMARK", nargs="+", default=[])
-    given = [arg for arg in args if re.match(r"[a-z][\w.]*=", arg) and not os.path.exists(arg)]
+    given = overrides(args)
     options = parser.parse_args([arg for arg in args if arg not in given])
     cfg = config.load("single", [f"model={NO_MODEL}", f"defaults.data={NO_MODEL}", *given])
-    source, against = fetch(options.source), {name: fetch(name) for name in options.against}
-    for name in (source, *against.values()):
+    source, against = fetch(options.source), fetch_benchmarks(options.against)
+    for name in (source, *(name for _, sources in against.values() for name in sources)):
         check_output(options.out, name)
     schema = options.schema if options.schema != "auto" else ""
     read = load_rows(source, cfg.prompt.columns, cfg.data.on_bad_row, cfg.data.image_dir,
                      Rows.temporary(options.out.parent), schema, decode=False)
     work = {"format": FORMAT, "schema": schema, "keys": sorted(given), "rows": digest(read),
-            "against": {name: state(path) for name, path in against.items()}}  # fmt: skip
+            "against": {name: [*map(state, sources)] for name, (_, sources) in against.items()}}  # fmt: skip
     journal = Path(f"{options.out}.journal")
     if (done := finished(options.out, journal, work)) is None:
         print("\n".join(read.notes))
@@ -110,6 +111,13 @@ def fetch(source: str) -> str:
     if config_name and not split and not os.path.isdir(os.path.join(folder, config_name)):
         return f"{folder}@{config_name}"  # a configuration that is one file
     return os.path.join(folder, config_name).rstrip("/") + split
+
+
+def fetch_benchmarks(texts: list[str]) -> dict[str, Chosen]:
+    """Benchmarks by name, or by what was given if that is a source alone; their sources are on this machine."""
+    found = {text: choose(text) for text in texts}
+    return {entry.name if entry.schema else text: Chosen(entry, [fetch(source) for source in sources])
+            for text, (entry, sources) in found.items()}
 
 
 def digest(read: Loaded) -> str:
@@ -166,16 +174,17 @@ def _sha256(path: Path) -> str:
 
 
 def prepare(
-    cfg: Recipe, read: Loaded, out: Path, path: Path, against: dict[str, str], work: dict[str, Any]
+    cfg: Recipe, read: Loaded, out: Path, path: Path, against: dict[str, Chosen], work: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
     """Check and write rows; the report. `path`: of the journal."""
     began = time.monotonic()
     benchmarks, sizes = Contamination(), dict[str, int]()
-    for name, source in against.items():
-        held = load_rows(source, rows=Rows.temporary(out.parent))
+    for name, (entry, sources) in against.items():
+        held = load_rows(sources, rows=Rows.temporary(out.parent), schema=entry.schema)
         print("\n".join(held.notes))
-        sizes[name] = len(held.rows)
-        benchmarks.add(name, held.rows)
+        rows = kept(held.rows, entry)
+        sizes[name] = len(rows)
+        benchmarks.add(name, rows)
     processor = Processor(weights.find(cfg.model), cfg.prompt) if cfg.model != NO_MODEL else None
     with (
         Journal(path, work) as journal,

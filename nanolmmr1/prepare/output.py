@@ -97,7 +97,7 @@ def to_record(row: Row, out: Path, copy: bool = False) -> Record:
         raise UserError(f"row {row.id}: a picture cannot be copied to {shown(picture_folder(out))}: {reason(error)}") \
             from error
     # The first column says that we wrote the row: columns of its source are kept, but not read again.
-    filled = dict(caption=row.caption, options=row.options, id=row.id, task=row.task)
+    filled = dict(caption=row.caption, options=row.options, id=row.id, task=row.task, gold_rule=row.gold_rule)
     record = {OURS: 1, "problem": row.problem, "answer": row.answer, "images": images}
     record |= {k: v for k, v in filled.items() if v}
     # Options that we cannot read stay as the data has them.

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +27,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from nanolmmr1 import config
+from nanolmmr1.benchmarks.table import BENCHMARKS
 from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import ImageItem
 from nanolmmr1.data.prompt import Processor, Prompt
 from nanolmmr1.data.readers import BadRow, reason, shown
 from nanolmmr1.data.rows import measured
-from nanolmmr1.data.store import Row
+from nanolmmr1.data.store import Row, Rows
 from nanolmmr1.errors import DISK_FULL, Preempted, SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import dist
@@ -72,6 +74,12 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     found.add_argument("--recipe", default="single", help="its prompt, rollout, pack and last phase count")
     found.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="as for train.py")
     return found
+
+
+def overrides(args: list[str]) -> list[str]:
+    """The dotted.key=value of a command line, without benchmarks' NAME=SOURCE and without paths."""
+    return [arg for arg in args if re.match(r"[a-z][\w.]*=", arg) and arg.partition("=")[0] not in BENCHMARKS
+            and not os.path.exists(arg)]
 
 
 def read_recipe(options: argparse.Namespace) -> Recipe:
@@ -124,9 +132,39 @@ def print_table(title: str, lines: Iterable[tuple[str, str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False, highlight=False).print(table)
 
 
+class Place(NamedTuple):
+    """Where sessions run: what they share."""
+
+    device: str
+    display: Display
+    watch: Watch
+
+
+@contextlib.contextmanager
+def started(cfg: Recipe, folder: Path, check: Callable[[], None]) -> Iterator[Place]:
+    """Join the other ranks and catch signals: cheap checks first.
+
+    Args:
+        folder: of the output; `check` makes it, on rank 0.
+
+    Raises:
+        UserError: the recipe asks for what this machine lacks, or `check` refuses.
+    """
+    device = setup.choose_device(cfg)
+    setup.check_machine(cfg, device)
+    dist.start(device, cfg.dist.timeout_s, cfg.dist.offload)
+    dist.on_main(check)
+    with (
+        Display({}, quiet=not dist.is_main()) as display,
+        Watch(folder, cfg.dist.hang_s, cfg.dist.timeout_s) as watch,
+    ):
+        watch.defer = False  # a signal ends the process at once, but for `Session.ask`
+        yield Place(device, display, watch)
+
+
 @contextlib.contextmanager
 def opened(cfg: Recipe, source: str, out: Path, what: str) -> Iterator["Session"]:
-    """Join the other ranks, read model settings and rows, lock the cache and catch signals: cheap checks first.
+    """Read model settings and rows, and lock the cache of OUT.
 
     Args:
         what: column that the command writes; a cache is of one column.
@@ -134,20 +172,14 @@ def opened(cfg: Recipe, source: str, out: Path, what: str) -> Iterator["Session"
     Raises:
         UserError: recipe, model, rows or output are wrong, or another process writes the same output.
     """
-    device = setup.choose_device(cfg)
-    setup.check_machine(cfg, device)
-    cfg.output = str(out.parent)  # where the key of vLLM servers lies
-    dist.start(device, cfg.dist.timeout_s, cfg.dist.offload)
     path = Path(f"{out}.cache")
-    dist.on_main(lambda: _check(out, path, source))
+    cfg.output = str(out.parent)  # where the key of vLLM servers lies
     with (
-        Display({}, quiet=not dist.is_main()) as display,
-        Watch(out.parent, cfg.dist.hang_s, cfg.dist.timeout_s) as watch,
+        started(cfg, out.parent, lambda: _check(out, path, source)) as place,
+        contextlib.closing(Session(cfg, place)) as session,
         contextlib.ExitStack() as held,
     ):
-        watch.defer = False  # a signal ends the process at once, but for `Session.ask`
-        session = Session(cfg, source, device, display, watch)
-        held.callback(session.close)
+        session.read(source)
         dist.on_main(lambda: session.open_cache(held.enter_context(Journal(path, {"format": FORMAT, "column": what}))))
         yield session
 
@@ -164,25 +196,34 @@ class Session:
 
     Attributes:
         phase: the recipe's last, whose sampling settings and prompt limit count. folder: of the model.
-        known: key -> result, on rank 0. sampler: loaded when it is first needed.
+        rows, dropped: set by `read`; bad rows by reason.
+        known: key -> result, on rank 0. kept: called on rank 0 with the results of each chunk.
+        sampler: loaded when it is first needed.
     """
 
     cache: Journal  # on rank 0
+    rows: Rows
+    dropped: dict[str, int]
 
-    def __init__(self, cfg: Recipe, source: str, device: str, display: Display, watch: Watch) -> None:
-        self.cfg, self.device, self.display, self.watch = cfg, device, display, watch
+    def __init__(self, cfg: Recipe, place: Place) -> None:
+        self.cfg = cfg
+        self.device, self.display, self.watch = place
         self.phase = list(cfg.phases.values())[-1]
         dist.together(lambda: dist.is_host_main() and weights.find(cfg.model))  # download once per host
         self.folder = dist.together(lambda: weights.find(cfg.model))
         dist.together(lambda: weights.read_config(self.folder))
         self.processor = dist.together(lambda: Processor(self.folder, cfg.prompt))
-        self.rows, read = setup.share_rows(source, cfg.prompt.columns, cfg.data, Path(cfg.output))
+        self.known: dict[str, Any] = {}
+        self.kept: Callable[[dict[str, Any]], None] = lambda found: None
+
+    def read(self, source: str) -> None:
+        """Read the rows of a source, and tell how."""
+        self.rows, read = setup.share_rows(source, self.cfg.prompt.columns, self.cfg.data, Path(self.cfg.output))
         self.dropped = read.dropped
         for lacks in read.missing.values():
             raise UserError(lacks)
         for note in read.notes:
-            display.note(note)
-        self.known: dict[str, Any] = {}
+            self.display.note(note)
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -270,8 +311,12 @@ class Session:
         messages = dist.gather(json.dumps(dist.together(results)).encode())[::ranks]
         answers = [result for message in messages for result in json.loads(message)]
         found = {key: result for (key, _), result in zip(chunk, answers, strict=True)}
-        dist.on_main(lambda: self.cache.append(found))
         self.known.update(found)
+        dist.on_main(lambda: self._keep(found))
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        self.cache.append(found)
+        self.kept(found)
 
     def _generate(
         self, prompts: list[Prompt | str], items: Items, params: SamplingParams, advance: Callable[[int], None]

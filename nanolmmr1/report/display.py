@@ -22,6 +22,7 @@ from nanolmmr1.terminal import printable
 Accuracy = Mapping[str, Mapping[str, float]]  # moment -> {task: fraction right}: the start, then each phase
 Percents = list[float | None]  # by task
 
+LINE_S = 30.0  # between two lines about other long work
 FIGURES = {  # shown beside each bar: name -> (metrics key, number format)
     "reward": ("reward/overall", "{:.3f}"),
     "acc": ("reward/accuracy", "{:.3f}"),
@@ -102,15 +103,23 @@ class Display:
 
     @contextlib.contextmanager
     def busy(self, text: str, total: int) -> Iterator[Callable[..., None]]:
-        """Show other long work, such as an evaluation. Yields `advance(n=1)`; at the end the bar becomes a line."""
+        """Show other long work, such as an evaluation. Yields `advance(n=1)`; at the end the bar becomes a line.
+
+        Without bars there is a line every LINE_S seconds.
+        """
         began, done = time.monotonic(), 0
+        told = began
         bar = self.bars.add_task(text, total=total, figures="") if self.bars else None
 
         def advance(n: int = 1) -> None:
-            nonlocal done
+            nonlocal done, told
             done += n
             if self.bars and bar is not None:
                 self.bars.update(bar, completed=done)
+            elif (now := time.monotonic()) - told > LINE_S and 0 < done < total:
+                told, elapsed = now, now - began
+                self.note(f"{text}: {done}/{total}  elapsed {_clock(elapsed)}  "
+                          f"left {_clock(elapsed / done * (total - done))}")
 
         if not self.bars:
             self.note(f"{text}: 0/{total}")

@@ -21,6 +21,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nanolmmr1.benchmarks.statistics import wilson
 from nanolmmr1.errors import UserError
 from nanolmmr1.files import write_atomically
 from nanolmmr1.report.chart import LEFT, NUM_COLOURS, RIGHT, WIDTH, Band, Point, chart, number
@@ -48,7 +49,13 @@ def _sha256(text: str) -> str:
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
-TEMPLATES.filters |= {"number": number, "sha256": _sha256}
+def half_width(percent: float, count: int) -> float:
+    """Half of the 95 % interval of a percentage of `count` rows, in points."""
+    found = wilson(percent * count / 100, count)
+    return 50 * (found.high - found.low)
+
+
+TEMPLATES.filters |= {"number": number, "sha256": _sha256, "half_width": half_width}
 TEMPLATES.globals |= {"LEFT": LEFT, "RIGHT": RIGHT, "WIDTH": WIDTH, "NUM_COLOURS": NUM_COLOURS}
 
 
@@ -70,9 +77,9 @@ def write_report(run_folder: str | Path) -> Path:
     stages, times = _stage_times(metrics, bands)
     html = TEMPLATES.get_template("page.html").render(
         name=recipe.get("name") or folder.resolve().name, facts=_facts(recipe, summary, metrics), faults=faults,
-        warnings=_warnings(recipe, metrics),
-        accuracy=accuracy_rows(accuracy), bands=bands, reach=reach, charts=_charts(metrics, accuracy, bands, reach),
-        stages=stages, times=times, samples=_selected(samples), recipe=recipe_text)
+        warnings=_warnings(recipe, metrics), stages=stages, times=times,
+        accuracy=accuracy_rows(accuracy), counts=_counts(summary), bands=bands, reach=reach,
+        charts=_charts(metrics, accuracy, bands, reach), samples=_selected(samples), recipe=recipe_text)
     path = folder / "report.html"
     write_atomically(path, html.encode("utf-8", "replace"))
     return path
@@ -173,6 +180,12 @@ def _selected(samples: list[Record]) -> dict[str, list[Record]]:
         phases.setdefault(sample["phase"], []).append(sample)
     return {phase: [group for group in groups if group["step"] in (groups[0]["step"], groups[-1]["step"])]
             for phase, groups in phases.items()}
+
+
+def _counts(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of each held-out task; a run of an earlier version has not written them."""
+    rows = summary.get("rows")
+    return {task: n for task, n in rows.items() if isinstance(n, int) and n > 0} if isinstance(rows, dict) else {}
 
 
 def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,10 @@ Next: answer_size.py, answers that are too large to compute.
 """
 
 import re
+from fractions import Fraction
 from typing import Any
+
+from nanolmmr1.reward.values import Near
 
 POINTS = ("17/13", "-29/23", "41/7", "-3/19", "11/31", "-67/9", "103/37", "89/5")
 _WHOLE = re.compile(r"(?<![0-9.])([0-9]+)\.0+(?![0-9])")
@@ -13,8 +16,8 @@ EXACT = 1e-15  # relative difference of two equal numbers that are not both rati
 ROUNDED = 1e-6  # the same if one of them is a decimal
 
 
-def equal_expressions(answer: str, gold: str) -> bool | None:
-    r"""Whether two normalised expressions are equal; None if the answer cannot be read.
+def equal_expressions(answer: str, gold: str, near: Near | None = None) -> bool | None:
+    r"""Whether two normalised expressions are equal, or numbers that are near; None if the answer cannot be read.
 
     Time and memory are unbounded, so it runs in a worker process.
 
@@ -35,9 +38,8 @@ def equal_expressions(answer: str, gold: str) -> bool | None:
         read, expected = (parse(f"${_spelt(text)}$", [latex], **options) for text in (answer, gold))
         if not read or not expected:
             return None
-        if verify(expected, read, timeout_seconds=None, raise_on_error=True):
-            return _close(expected[0], read[0])
-        return _same_function(expected[0], read[0])
+        is_equal = _close if verify(expected, read, timeout_seconds=None, raise_on_error=True) else _same_function
+        return is_equal(expected[0], read[0]) or (near is not None and _are_near(read[0], expected[0], near))
     except MemoryError:
         raise
     except Exception:
@@ -61,6 +63,18 @@ def _close(a: Any, b: Any) -> bool:
     tolerance = ROUNDED if a.has(Float) or b.has(Float) else EXACT
     a, b = a.evalf(30), b.evalf(30)
     return bool(abs(a - b) <= tolerance * abs(b))
+
+
+def _are_near(answer: Any, gold: Any, near: Near) -> bool:
+    """Whether two expressions are real numbers that are near."""
+    from sympy import Expr, Float
+
+    if not (isinstance(answer, Expr) and isinstance(gold, Expr) and answer.is_number and gold.is_number):
+        return False
+    numbers = [each.doit() for each in (answer, gold)]
+    # A decimal is read as a binary number, whose 15 digits are those that were written.
+    numbers = [each if each.is_Rational else each.evalf(15 if each.has(Float) else 60) for each in numbers]
+    return all(each.is_real and each.is_finite for each in numbers) and near(*map(Fraction, map(str, numbers)))
 
 
 def _same_function(a: Any, b: Any) -> bool:

@@ -68,6 +68,11 @@ def chosen_letters(answer: str) -> str:
     return said[-1][1].upper() if said else ""
 
 
+def names_option(answer: str) -> bool:
+    """Whether an answer is about letters of options, even if it does not choose between them."""
+    return bool(chosen_letters(answer) or _SET.fullmatch(_OR.sub(",", answer)))
+
+
 def _several_marks(text: str, letter: str) -> bool:
     """Whether a text reads out other options than `letter`: that is no choice."""
     return bool(set(_MARK.findall(text)) - {letter})

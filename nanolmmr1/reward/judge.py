@@ -5,7 +5,7 @@ A worker imports this package, installed libraries and the user's files, and not
 environment holds no secrets. A built-in rule has a limit of CPU time, so that a busy host changes no verdict, and may
 use 2 GiB of memory. A user function has a deadline. Workers end when the trainer ends.
 
-Calls: Judge.score, in threads Workers.ask, Worker.ask; and in the worker process worker.serve.
+Calls: Judge.score or verdicts, in threads Workers.ask, Worker.ask; and in the worker process worker.serve.
 
 Next: worker.py, inside a worker process.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 
 from nanolmmr1 import schema
 from nanolmmr1.errors import UserError
@@ -31,7 +31,7 @@ from nanolmmr1.reward.choice import listed_options
 from nanolmmr1.reward.extract import final_answer, gold_answer
 from nanolmmr1.reward.formats import FORMATS, check_format, format_reward
 from nanolmmr1.reward.parts import Node, tree
-from nanolmmr1.reward.rules import Verdict, decide, gold_problem
+from nanolmmr1.reward.rules import NO_RULE, GoldRule, Verdict, decide, gold_problem
 from nanolmmr1.reward.worker import Call, Message, Question
 
 CACHE_SIZE = 8192  # verdicts
@@ -60,7 +60,7 @@ sys.path += [path for path in json.loads(libraries) if path not in sys.path]
 from nanolmmr1.reward.worker import main
 main(*arguments)
 """
-Row = dict[str, Any]  # JSON-able, with the gold `answer`
+Row = dict[str, Any]  # JSON-able, with the gold `answer`; see data.store.Row.public
 Result = TypeVar("Result")
 Request = TypeVar("Request", Question, Call)
 
@@ -75,6 +75,16 @@ class WorkerDied(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status  # exit status; negative: number of the signal that killed it
+
+
+class Judged(NamedTuple):
+    """What the built-in rules say of a response."""
+
+    answer: str  # the final answer that was read from it, normalised; "": none was found
+    right: bool  # False if undecided
+    reason: str  # the rule that decided: one of rules.REASONS
+    undecided: bool  # no rule can tell right from wrong, a judge would have to
+    format: bool  # it has the format
 
 
 class Judge:
@@ -135,12 +145,8 @@ class Judge:
         Raises:
             RewardError: a user function raised, returned no finite number or missed the deadline.
         """
-        formats = [Question("format", response, self.cfg.format) for response, _ in pairs]
-        answers = [self._accuracy_question(response, row) for response, row in pairs]
-        verdicts = self._verdicts(formats + answers)
-        judgements = []
-        for format_question, answer_question, values in zip(formats, answers, self._call_functions(pairs), strict=True):
-            format, accuracy = verdicts[format_question], verdicts[answer_question]
+        judgements, rules = [], self._apply_rules(pairs)
+        for (_, format, accuracy), values in zip(rules, self._call_functions(pairs), strict=True):
             overall = self.cfg.format_weight * format.score + self.cfg.accuracy_weight * accuracy.score
             overall += sum(weight * values[name] for name, (_, weight) in self.functions.items())
             scores = {"overall": overall, "format": format.score, "accuracy": accuracy.score, **values}
@@ -148,9 +154,23 @@ class Judge:
             judgements.append(scores | {"timeout": late, f"reason/{accuracy.reason}": 1.0})
         return judgements
 
+    def verdicts(self, pairs: Sequence[tuple[str, Row]]) -> list[Judged]:
+        """What the built-in rules say of (response, row) pairs, in their order. No user function is called."""
+        return [Judged(answer, bool(accuracy.score), accuracy.reason, accuracy.undecided, bool(format.score))
+                for answer, format, accuracy in self._apply_rules(pairs)]  # fmt: skip
+
+    def _apply_rules(self, pairs: Sequence[tuple[str, Row]]) -> list[tuple[str, Verdict, Verdict]]:
+        """Per pair the final answer, and the verdicts on format and accuracy."""
+        formats = [Question("format", response, self.cfg.format) for response, _ in pairs]
+        answers = [self._accuracy_question(response, row) for response, row in pairs]
+        verdicts = self._verdicts(formats + answers)
+        return [(answer.text, verdicts[format], verdicts[answer])
+                for format, answer in zip(formats, answers, strict=True)]  # fmt: skip
+
     def _accuracy_question(self, response: str, row: Row) -> Question:
         gold, parts, options = _gold(row["answer"], row.get("problem", ""), tuple(map(str, row.get("options") or ())))
-        return Question("accuracy", final_answer(response, parts), gold, options if self.cfg.option_value else ())
+        options = options if self.cfg.option_value else ()
+        return Question("accuracy", final_answer(response, parts), gold, options, _gold_rule(row.get("gold_rule")))
 
     def _verdicts(self, questions: Iterable[Question]) -> dict[Question, Verdict]:
         """Decide easy questions here; look others up in the cache, or ask the workers. Equal ones are asked once."""
@@ -158,7 +178,7 @@ class Judge:
         hard = []
         for question in dict.fromkeys(questions):
             if question.rule == "accuracy":
-                verdict = decide(question.text, question.expected, question.options)
+                verdict = decide(question.text, question.expected, question.options, rule=question.gold_rule)
             elif question.expected in FORMATS:
                 verdict = Verdict(format_reward(question.text, question.expected), "text")
             else:
@@ -183,7 +203,7 @@ class Judge:
                 text = f"a judging process failed on {question.rule}; its traceback stands above"
                 raise RuntimeError(text) from death
             reply = {}
-        return Verdict(*reply["value"]) if "value" in reply else Verdict(0.0, "deadline")
+        return Verdict(*reply["value"]) if "value" in reply else Verdict(0.0, "deadline", True)
 
     def _call_functions(self, pairs: Sequence[tuple[str, Row]]) -> list[dict[str, float]]:
         """{function: value, function/part: value} per pair."""
@@ -210,6 +230,14 @@ def _gold(answer: str, problem: str, options: tuple[str, ...]) -> tuple[str, int
     gold = gold_answer(answer)
     parts = tree(gold, True)
     return gold, len(parts.items) if isinstance(parts, Node) else 1, options or tuple(listed_options(problem))
+
+
+def _gold_rule(given: dict[str, Any] | None) -> GoldRule:
+    """The rule of a row; its keys are those of data.columns.GOLD_RULE."""
+    if not given:
+        return NO_RULE
+    accept = tuple(gold_answer(text) for text in given.get("accept", ()))
+    return GoldRule(accept, given.get("decimals"), tuple(given.get("tolerance", ())))
 
 
 class Workers:

@@ -9,17 +9,18 @@ Next: parts.py, lists, tuples and intervals.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 from nanolmmr1.reward.answer_size import too_large
-from nanolmmr1.reward.choice import LETTERS, chosen_letters, gold_letters, option_values
+from nanolmmr1.reward.choice import LETTERS, chosen_letters, gold_letters, names_option, option_values
 from nanolmmr1.reward.normal import normalise
-from nanolmmr1.reward.parts import CJK, COMMANDS, Tree, as_point, as_text, is_prose, only_part, split_name, tree
-from nanolmmr1.reward.values import equal_values, read_value, split_unit
+from nanolmmr1.reward.parts import CJK, COMMANDS, Node, Tree, as_point, as_text, is_prose, only_part, split_name, tree
+from nanolmmr1.reward.values import Near, equal_values, nearness, read_value, split_unit
 
 REASONS = ("parsed", "letter", "value", "text", "unread", "deadline")
+MOST_PARTS = 20  # of lists of numbers that are near each other: their pairs are searched for
 MOST_WORDS = 12  # of a gold answer that only the same text equals
 
 _RATIO = re.compile(r"([0-9.]+)" + 3 * r"(?:\s*(?::|to|比)\s*([0-9.]+))?")
@@ -34,16 +35,28 @@ class Verdict(NamedTuple):
 
     score: float
     reason: str  # one of REASONS
+    undecided: bool = False  # no rule can tell right from wrong; see _undecided
 
 
-Equal = Callable[[str, str], bool | None]
+class GoldRule(NamedTuple):
+    """How an answer is compared with gold beyond the general rules."""
+
+    accept: Sequence[str] = ()  # other gold answers, normalised, that are right as well
+    decimals: int | None = None  # numbers are equal if they are so when rounded to so many
+    tolerance: Sequence[float] = ()  # largest absolute differences of numbers: for each part of gold, or one for all
+
+
+NO_RULE = GoldRule()
+Equal = Callable[[str, str, Near | None], bool | None]
+Limits = tuple[Fraction, ...]  # largest differences, of each part of gold or one for all
 
 
 class Undecided(Exception):
     """The texts must be compared as mathematics, and that is not possible here."""
 
 
-def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | None = None) -> Verdict | None:
+def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | None = None,
+           rule: GoldRule = NO_RULE) -> Verdict | None:
     r"""Compare two normalised final answers. The first rule that applies decides:
 
     1. Nothing equals an empty answer.
@@ -61,23 +74,97 @@ def decide(answer: str, gold: str, options: Sequence[str] = (), equal: Equal | N
     Args:
         options: texts of a multiple-choice problem's options, in order.
         equal: compares two expressions; without it, the result is None if rule 7 is needed.
+        rule: of the row. Its tolerance and decimals hold for numbers in rules 4, 5 and 7, each in gold's unit.
     """
+    verdicts = []
+    for each in (gold, *rule.accept):
+        verdict = _decide(answer, each, options, equal, rule)
+        if verdict and verdict.score:
+            return verdict
+        verdicts.append(verdict)
+    if None in verdicts:
+        return None
+    # One gold answer that rules can compare is enough: the others mean the same.
+    return next((verdict for verdict in verdicts if verdict and not verdict.undecided), verdicts[0])
+
+
+def _decide(answer: str, gold: str, options: Sequence[str], equal: Equal | None, rule: GoldRule) -> Verdict | None:
     if not answer or not gold:
-        return Verdict(0.0, "unread")
+        return Verdict(0.0, "unread", bool(answer))
     if as_text(answer) == as_text(gold):
         return Verdict(1.0, "letter" if gold_letters(gold) else "value" if read_value(gold) else "text")
     try:
-        letters = gold_letters(gold)
-        if letters:
-            return _decide_letters(answer, *letters, options, equal)
-        verdict = _Comparison(equal).verdict(answer, gold)
-        chosen = chosen_letters(answer) if options and not verdict.score else ""
-        said = gold_letters(answer) if chosen else None  # the text behind a letter counts more than the letter
-        if value := said[1] if said and said[1] else option_values(options).get(chosen):
-            verdict = max(verdict, _Comparison(equal).verdict(value, gold), key=lambda each: each.score)
-        return verdict
+        if letters := gold_letters(gold):
+            verdict = _decide_letters(answer, *letters, options, equal)
+        else:
+            verdict = _decide_value(answer, gold, options, equal, rule)
     except Undecided:  # parts are no larger than the whole
-        return Verdict(0.0, "unread") if is_too_large(answer) or is_too_large(gold) else None
+        return Verdict(0.0, "unread", True) if is_too_large(answer) or is_too_large(gold) else None
+    return verdict if verdict.score else verdict._replace(undecided=_undecided(answer, gold, options, rule, verdict))
+
+
+def _undecided(answer: str, gold: str, options: Sequence[str], rule: GoldRule, verdict: Verdict) -> bool:
+    r"""Whether a judge would have to say if an answer that no rule finds right is wrong.
+
+    A wrong answer is decided if it and gold were compared as numbers, as mathematics or as options: such a comparison
+    tells right from wrong. It is undecided
+    - if one of them was not read, or is words: words of one meaning differ as text;
+    - if gold is one value, and the answer lists several of which one is gold's, or gold's parts without its brackets;
+    - if gold is an option, and the answer is neither a letter nor the text of an option, or is that of several.
+    An answer that names other options is always decided.
+    """
+    if verdict.reason in ("parsed", "value") and read_value(answer) and read_value(gold):
+        return False  # most wrong answers, so it is asked first
+    letters, text = gold_letters(gold) or ("", "")
+    if letters or options:
+        if names_option(answer):
+            return False
+        if named := _named(answer, options):
+            return bool(letters) and letters in named
+    if verdict.reason in ("unread", "letter", "parsed"):
+        return verdict.reason != "parsed"
+    if letters:
+        gold = text or option_values(options)[letters]  # it was compared
+    read, expected = only_part(tree(answer, is_prose(gold))), only_part(tree(gold, True))
+    if any(is_prose(leaf) and not read_value(leaf) and not split_unit(leaf)[1]
+           for part in (read, expected) for leaf in _leaves(part)):  # fmt: skip
+        return True
+    if not (isinstance(read, Node) and read.kind in ("list", "ordered")):
+        return False
+    if isinstance(expected, Node):
+        return list(_leaves(read)) == list(_leaves(expected))
+    return any(_may_equal(leaf, gold, rule) for leaf in _leaves(read))
+
+
+def _named(answer: str, options: Sequence[str]) -> str:
+    """The letters of the options that an answer names by their text or value."""
+    texts = zip(LETTERS, map(normalise, options[: len(LETTERS)]), strict=False)
+    return "".join(letter for letter, text in texts if text and (as_text(text) == as_text(answer)
+                                                                 or _may_equal(answer, text)))
+
+
+def _may_equal(answer: str, gold: str, rule: GoldRule = NO_RULE) -> bool:
+    try:
+        return bool(_Comparison(None, rule).verdict(answer, gold).score)
+    except Undecided:
+        return False
+
+
+def _leaves(part: Tree) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    else:
+        for item in part.items:
+            yield from _leaves(item)
+
+
+def _decide_value(answer: str, gold: str, options: Sequence[str], equal: Equal | None, rule: GoldRule) -> Verdict:
+    verdict = _Comparison(equal, rule).verdict(answer, gold)
+    chosen = chosen_letters(answer) if options and not verdict.score else ""
+    said = gold_letters(answer) if chosen else None  # the text behind a letter counts more than the letter
+    if value := said[1] if said and said[1] else option_values(options).get(chosen):
+        verdict = max(verdict, _Comparison(equal, rule).verdict(value, gold), key=lambda each: each.score)
+    return verdict
 
 
 def _decide_letters(answer: str, letters: str, text: str, options: Sequence[str], equal: Equal | None) -> Verdict:
@@ -108,45 +195,57 @@ def _decide_letters(answer: str, letters: str, text: str, options: Sequence[str]
 class _Comparison:
     """A comparison of two answers; `reason` is the last rule that decided a part."""
 
-    def __init__(self, equal: Equal | None) -> None:
-        self.equal, self.reason = equal, "text"
+    def __init__(self, equal: Equal | None, rule: GoldRule = NO_RULE) -> None:
+        self.equal, self.rule, self.reason = equal, rule, "text"
 
     def verdict(self, answer: str, gold: str) -> Verdict:
-        score = float(self.match(tree(answer, is_prose(gold)), tree(gold, True)))
+        limits = tuple(Fraction(str(each)) for each in self.rule.tolerance)
+        score = float(self.match(tree(answer, is_prose(gold)), tree(gold, True), limits))
         return Verdict(score, self.reason)
 
-    def match(self, answer: Tree, gold: Tree) -> bool:
+    def match(self, answer: Tree, gold: Tree, limits: Limits) -> bool:
         answer, gold = only_part(answer), only_part(gold)
         if isinstance(answer, str) and isinstance(gold, str):
-            return self.match_leaves(answer, gold)
+            near = nearness(self.rule.decimals, limits[0] if len(limits) == 1 else Fraction(0))
+            return self.match_leaves(answer, gold, near)
         if isinstance(answer, str) or isinstance(gold, str):
             self.reason = "value"
             return False
         if gold.kind == answer.kind == "list" and (point := as_point(gold.items)) and not as_point(answer.items):
             gold, answer = point, answer._replace(kind=point.kind)  # for x = 2, y = 3 the answer 2, 3 is in order
         if {answer.kind, gold.kind} <= {"list", "ordered"} and {answer.kind, gold.kind} != {"ordered"}:
-            return self.match_sets(list(answer.items), list(gold.items))
+            return self.match_sets(answer.items, gold.items, limits)
         if answer.kind == "list" and (point := as_point(answer.items)):
             answer = point
         elif gold.kind == "list" and (point := as_point(gold.items)):
             gold = point
         same = answer.kind == gold.kind and len(answer.items) == len(gold.items)
-        return same and all(self.match(a, g) for a, g in zip(answer.items, gold.items, strict=True))
+        parts = zip(answer.items, gold.items, _each(limits, len(gold.items)), strict=False)
+        return same and all(self.match(*part) for part in parts)
 
-    def match_sets(self, answers: list[Tree], golds: list[Tree]) -> bool:
+    def match_sets(self, answers: Sequence[Tree], golds: Sequence[Tree], limits: Limits) -> bool:
+        """Whether each answer matches another gold, if need be by exchanging: nearness is not transitive."""
         if len(answers) != len(golds):
             self.reason = "value"
             return False
-        for gold in golds:
-            for i, answer in enumerate(answers):
-                if self.match(answer, gold):
-                    del answers[i]
-                    break
-            else:
-                return False
-        return True
+        is_near = (bool(limits) or self.rule.decimals is not None) and len(golds) <= MOST_PARTS
+        each, taken = _each(limits, len(golds)), dict[int, int]()  # place of an answer -> place of its gold
 
-    def match_leaves(self, answer: str, gold: str) -> bool:
+        def place(gold: int, moved: set[int]) -> bool:
+            for i, answer in enumerate(answers):
+                if i not in taken and self.match(answer, golds[gold], each[gold]):
+                    taken[i] = gold
+                    return True
+            for i in [i for i in taken if i not in moved] if is_near else ():
+                moved.add(i)
+                if self.match(answers[i], golds[gold], each[gold]) and place(taken[i], moved):
+                    taken[i] = gold
+                    return True
+            return False
+
+        return all(place(gold, set()) for gold in range(len(golds)))
+
+    def match_leaves(self, answer: str, gold: str, near: Near | None) -> bool:
         (name, answer_side), (gold_name, gold_side) = split_name(answer), split_name(gold)
         if "=" in answer and "=" not in gold and not name:
             left, *_, right = (side.strip() for side in answer.split("="))
@@ -155,17 +254,17 @@ class _Comparison:
                 self.reason = "value"
                 return False
             # 1 + 1 = 3 is no answer; of x + y = 5, the right side is.
-            return self.match_leaves(right, gold) and (bool(variables) or self.match_leaves(left, gold))
+            return self.match_leaves(right, gold, near) and (bool(variables) or self.match_leaves(left, gold, near))
         if bool(name or "=" not in answer) and bool(gold_name or "=" not in gold):
             if name and gold_name and as_text(name) != as_text(gold_name):
-                return self.match_expressions(answer, gold)  # y = 2x is x = y/2
+                return self.match_expressions(answer, gold, near)  # y = 2x is x = y/2
             answer, gold = answer_side, gold_side
         if as_text(answer) == as_text(gold):
             return True
         value, gold_value = read_value(answer), read_value(gold)
         if value and gold_value:
             self.reason = "value"
-            return equal_values(value, gold_value)
+            return equal_values(value, gold_value, near)
         if _CLOCK.search(gold) or _BASE.fullmatch(gold) or (is_prose(gold) and not gold_value):
             self.reason = "text"
             return False
@@ -175,17 +274,22 @@ class _Comparison:
             pairs = zip(ratio, gold_ratio, strict=False)
             return len(ratio) == len(gold_ratio) and all(a * gold_ratio[0] == b * ratio[0] for a, b in pairs)
         (answer, unit), (gold, gold_unit) = split_unit(answer), split_unit(gold)
-        return (not (unit and gold_unit) or unit == gold_unit) and self.match_expressions(answer, gold)
+        return (not (unit and gold_unit) or unit == gold_unit) and self.match_expressions(answer, gold, near)
 
-    def match_expressions(self, answer: str, gold: str) -> bool:
+    def match_expressions(self, answer: str, gold: str, near: Near | None) -> bool:
         self.reason = "unread"
         if is_prose(answer) or _SIDE_BY_SIDE.search(answer):
             return False
         if self.equal is None:
             raise Undecided
-        equal = self.equal(*_same_angles(answer, gold))
+        equal = self.equal(*_same_angles(answer, gold), near)
         self.reason = "unread" if equal is None else "parsed"
         return bool(equal)
+
+
+def _each(limits: Limits, count: int) -> list[Limits]:
+    """The limits of `count` parts: one each, or one for all; of another number of them none is known."""
+    return [(limit,) for limit in limits] if len(limits) == count else [limits if len(limits) == 1 else ()] * count
 
 
 def _ratio(text: str) -> list[Fraction]:

@@ -6,6 +6,7 @@ Next: algebra.py, equality of expressions.
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ _NUMBER = re.compile(_SIGN + _CURRENCY + _SIGN + "(?:" + "|".join((
     rf"(?P<decimal>{_DECIMAL})(?:{_POWER})?",
 )) + ")")  # fmt: skip
 # Between the pieces of 2 hours 30 minutes.
-_PIECE = re.compile(r"(?:(?<=[A-Za-z])(?:\s*,)?\s+(?:and\s+)?|(?<=[\u4e00-\u9fff])\s*)(?=[0-9])")
+_PIECE = re.compile(r"(?:(?<=[A-Za-z])(?<!\\times)(?<!\\cdot)(?:\s*,)?\s+(?:and\s+)?|(?<=[\u4e00-\u9fff])\s*)(?=[0-9])")
 _FACTOR = re.compile(r"\s*([/·*]|\\cdot|\\times|per\b)?\s*((?:square|sq\.?|cubic)\s+|平方|立方)?"
                      r"([A-Za-zµ]+\.?|\\mu\s*[A-Za-z]|\^\\circ(?:\s*[CF](?![A-Za-z]))?|[%＄¥€£]|"
                      r"[\u4e00-\u9fff]+?(?=平方|立方|[^\u4e00-\u9fff]|\Z))"
@@ -59,6 +60,9 @@ _NO_UNITS = set("or and but not is x y z i e n k a b p q r th st nd rd to than f
 
 
 _SILENT = re.compile(r"\\(?!sin|cos|tan|ln|log)[A-Za-z]+")  # commands that are no function of a variable
+
+
+Near = Callable[[Fraction, Fraction], bool]  # (answer, gold), in gold's unit
 
 
 class Value(NamedTuple):
@@ -104,20 +108,39 @@ def _sum(values: list[Value | None]) -> Value | None:
     return last._replace(number=sum((value.number * value.scale for value in known), Fraction(0)) / last.scale)
 
 
-def equal_values(answer: Value, gold: Value) -> bool:
-    """Whether two values are equal: exactly, but for the noise of floating-point numbers.
+def nearness(decimals: int | None, tolerance: Fraction) -> Near | None:
+    """Whether a number is near enough to gold: by `tolerance`, the largest difference, or equal to so many decimals.
+
+    Half-way cases are rounded away from zero, as in school: 0.125 is 0.13. None: a number must be gold itself.
+    """
+    def rounded(number: Fraction) -> int:
+        size = int(abs(number) * 10 ** (decimals or 0) + Fraction(1, 2))
+        return -size if number < 0 else size
+
+    def near(answer: Fraction, gold: Fraction) -> bool:
+        return abs(answer - gold) <= tolerance or (decimals is not None and rounded(answer) == rounded(gold))
+
+    return None if decimals is None and not tolerance else near
+
+
+def equal_values(answer: Value, gold: Value, near: Near | None = None) -> bool:
+    """Whether two values are equal: exactly, but for the noise of floating-point numbers; or near.
 
     A value without unit equals one with any unit. Percent equals its number and its hundredth: 28% is 28 and 0.28.
     """
     if answer.is_percent != gold.is_percent:
         percent, plain = (answer, gold) if answer.is_percent else (gold, answer)
-        return not plain.unit and plain.number in (percent.number, percent.number / 100)
+        also = answer.number / 100 if answer.is_percent else answer.number * 100
+        return not plain.unit and (plain.number in (percent.number, percent.number / 100) or (
+            near is not None and (near(answer.number, gold.number) or near(also, gold.number))))
     if answer.unit and gold.unit and answer.unit != gold.unit:
         return False
     both = bool(answer.unit and gold.unit)
     a, b = (value.number * (value.scale if both else 1) for value in (answer, gold))
     noisy = max(answer.digits, gold.digits) >= NOISE_DIGITS and max(a.denominator, b.denominator) > 1
-    return a == b or (noisy and abs(a - b) <= NOISE * abs(b))
+    if a == b or (noisy and abs(a - b) <= NOISE * abs(b)):
+        return True
+    return near is not None and near(a / (gold.scale if both else 1), gold.number)
 
 
 def split_unit(text: str) -> tuple[str, tuple[object, ...]]:

@@ -31,13 +31,13 @@ from typing import IO, Any, NamedTuple
 from nanolmmr1.errors import UserError
 from nanolmmr1.reward.algebra import equal_expressions
 from nanolmmr1.reward.formats import format_reward
-from nanolmmr1.reward.rules import decide
+from nanolmmr1.reward.rules import NO_RULE, GoldRule, Verdict, decide
 
 GRACE_S = 2.0  # after the deadline of a user function, a child ends itself: its trainer is gone
 MEMORY = 2 << 30  # bytes that a built-in rule may map in addition to those already mapped
 WARM_UP = ((r"\frac{1}{2}", "0.5"), ("x + 1", "1+x"), (r"2\sqrt{3}", r"\sqrt{12}"), ("(1,2]", "(1,2)"))
 Message = dict[str, Any]
-Rule = Callable[[], tuple[float, str]]
+Rule = Callable[[], Verdict]
 
 
 class Question(NamedTuple):
@@ -47,6 +47,7 @@ class Question(NamedTuple):
     text: str  # the response, or its final answer
     expected: str  # the format, or gold's final answer
     options: tuple[str, ...] = ()  # of a multiple-choice problem
+    gold_rule: GoldRule = NO_RULE
 
 
 class Call(NamedTuple):
@@ -117,17 +118,18 @@ def serve(
         send(reply)
 
 
-def answer_question(question: Question) -> tuple[float, str]:
-    """(score, reason) of a built-in rule."""
+def answer_question(question: Question) -> Verdict:
+    """The verdict of a built-in rule."""
     if question.rule == "format":
-        return format_reward(question.text, question.expected), "text"
-    verdict = decide(question.text, question.expected, question.options, equal_expressions)
+        return Verdict(format_reward(question.text, question.expected), "text")
+    rule = GoldRule(*question.gold_rule)  # JSON makes a list of it
+    verdict = decide(question.text, question.expected, question.options, equal_expressions, rule)
     assert verdict is not None, "mathematics is possible here"
     return verdict
 
 
 def apply_rule(rule: Rule) -> Message:
-    """{"value": (score, reason)}, or {"memory": MEMORY} if the rule exceeds the limit."""
+    """{"value": verdict}, or {"memory": MEMORY} if the rule exceeds the limit."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":  # elsewhere only time is limited
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -220,6 +220,7 @@ class Run:
             return
         summary = {
             "accuracy": self.progress.accuracy,
+            "rows": {name: len(rows) for name, (rows, _) in self.tasks.items()},
             "wall_s": self.wall_s(),
             "peak_rss_mb": peak_rss_mb(),
             "steps": self.progress.step,

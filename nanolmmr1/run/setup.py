@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 
 from nanolmmr1 import files, schema
+from nanolmmr1.benchmarks.choose import Chosen, choose, kept, spread
+from nanolmmr1.benchmarks.table import Benchmark
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import NoColumn, load_rows, select_rows
 from nanolmmr1.data.store import PREFIX, Row, Rows
@@ -113,8 +115,9 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
     data = Data({}, {}, {}, {})
     for phase in cfg.phases.values():
         loader.load(phase.data)
-    for task in cfg.evaluate.tasks.values():
-        loader.load(task["data"])
+    tests = {name: choose_task(task["data"]) for name, task in cfg.evaluate.tasks.items()}
+    for entry, sources in tests.values():
+        loader.load(sources, entry.schema)
     dist.together(loader.check_columns)
     for name, phase in cfg.phases.items():
         data.rows[name], data.sizes[name], data.hashes[name] = loader.select(
@@ -123,9 +126,15 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
     for name, task in cfg.evaluate.tasks.items():
         captions, limit = bool(task.get("captions", False)), cfg.evaluate.max_prompt_tokens
         assert limit is not None, "the recipe is resolved"
-        rows, *_ = loader.select(task["data"], captions, limit, f"evaluate.{name}")
-        data.tasks[name] = rows[: cfg.evaluate.limit or None], captions
+        entry, sources = tests[name]
+        rows, *_ = loader.select(sources, captions, limit, f"evaluate.{name}", entry=entry)
+        data.tasks[name] = spread(rows, cfg.evaluate.limit), captions
     return data
+
+
+def choose_task(source: str | list[str]) -> Chosen:
+    """The benchmark that evaluate.tasks.NAME.data names; of a list, the rows of all sources."""
+    return choose(source) if isinstance(source, str) else Chosen(choose(source[0]).entry, source)
 
 
 class _Loader:
@@ -148,10 +157,10 @@ class _Loader:
 
     def select(
         self, source: str | list[str], captions: bool, max_tokens: int, where: str,
-        bands: dict[str, list[float]] | None = None,
+        bands: dict[str, list[float]] | None = None, entry: Benchmark | None = None,
     ) -> tuple[Rows, Sizes, str]:  # fmt: skip
-        """The usable rows of a source, their sizes and their hash."""
-        rows = self.load(source)
+        """The usable rows of a source, or of the benchmark there; their sizes and their hash."""
+        rows = kept(self.load(source, entry.schema), entry) if entry else self.load(source)
         # Rank 0 selects for all: the judge has a deadline, so two ranks might select differently.
         indices, sizes, dropped, notes, digest = dist.on_main(
             lambda: self._select(rows, captions, max_tokens, where, bands or {})
@@ -162,11 +171,11 @@ class _Loader:
             self.display.note(f"  {note}")
         return rows.subset(indices), sizes, digest
 
-    def load(self, source: str | list[str]) -> Rows:
-        """All rows of a source."""
-        key = json.dumps(source)
+    def load(self, source: str | list[str], layout: str = "") -> Rows:
+        """All rows of a source; `layout` as in share_rows."""
+        key = json.dumps([[source] if isinstance(source, str) else source, layout])
         if key not in self.loaded:
-            self.loaded[key], read = share_rows(source, self.columns, self.options, self.folder)
+            self.loaded[key], read = share_rows(source, self.columns, self.options, self.folder, layout)
             for note in read.notes:
                 self.display.note(note)
             self.found |= set(read.found)
@@ -194,18 +203,19 @@ class _Loader:
 
 
 def share_rows(
-    source: str | list[str], columns: dict[str, str], options: schema.Data, folder: Path | None
+    source: str | list[str], columns: dict[str, str], options: schema.Data, folder: Path | None, layout: str = ""
 ) -> tuple[Rows, "Read"]:
     """All rows of a source. The first rank of each host reads it; the others open the file that it wrote.
 
     Args:
-        folder: of that file; None: the system's for temporary files.
+        folder: of that file; None: the system's for temporary files. layout: of the rows, see
+            data/schemas.py; empty: by their columns.
 
     Raises:
         UserError: see load_rows; or the hosts read different rows.
     """
     names = [source] if isinstance(source, str) else source
-    read = Read(*dist.on_host_main(lambda: _read(names, columns, options, folder)))
+    read = Read(*dist.on_host_main(lambda: _read(names, columns, options, folder, layout)))
     try:
         rows = dist.together(lambda: Rows.open(read.path))
     finally:
@@ -216,7 +226,9 @@ def share_rows(
     return rows, read
 
 
-def _read(names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None) -> "Read":
+def _read(
+    names: list[str], columns: dict[str, str], options: schema.Data, folder: Path | None, layout: str
+) -> "Read":
     """Read sources. One that lacks a named column is read without that name, if another source has it."""
     try:
         file, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
@@ -231,7 +243,7 @@ def _read(names: list[str], columns: dict[str, str], options: schema.Data, folde
             present, lacks = dict(columns), list[NoColumn]()
             while True:
                 try:
-                    loaded = load_rows(name, present, options.on_bad_row, options.image_dir, rows)
+                    loaded = load_rows(name, present, options.on_bad_row, options.image_dir, rows, layout)
                     break
                 except NoColumn as error:
                     lacks.append(error)
