@@ -159,6 +159,8 @@ def test_every_gold_of_mathvision_and_gsm8k_is_right_and_decided(judge):
     found = judge.verdicts([(rf"\boxed{{{row.answer.rpartition('####')[2].strip()}}}", row.public()) for row in rows])
     assert [row.id for row, judged in zip(rows, found, strict=True) if not judged.right or judged.undecided] == []
     assert len(rows) > 1500
+    assert all(lenient.gsm8k(f"#### {row.answer}", row) for row in rows[300:])
+    assert not any(lenient.mathvision(rf"so \boxed{{{row.answer}}}", row) is False for row in rows[:300])
 
 
 def test_2000_answers_take_less_than_20_seconds(tmp_path):

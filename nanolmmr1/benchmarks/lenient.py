@@ -78,7 +78,7 @@ def logicvista(response: str, row: Row) -> bool | None:
 def mathvision(response: str, row: Row) -> bool | None:
     """Evaluation/evaluate.py and utils.py of mathllm/MATH-V: the letter or the option's text, to 2 decimals."""
     said = _mathvision_answer(response)
-    return _any(_equal_rounded(said, gold.lower()) for gold in (row.answer, _gold_text(row)))
+    return _any(_equal_rounded(said, gold.strip("$").lower()) for gold in (row.answer, _gold_text(row)))
 
 
 def _mathvision_answer(response: str) -> str:
@@ -226,8 +226,9 @@ def _mmmu_value(text: str) -> list[str | float]:
 
 def gsm8k(response: str, row: Row) -> bool:
     """Grade_school_math/dataset.py of openai/grade-school-math: the number after the first "####"."""
-    said, gold = (re.findall(r"#### (-?[0-9.,]+)", text)[:1] for text in (response, row.answer))
-    return bool(said) and said[0].replace(",", "") == "".join(gold).replace(",", "")
+    said = re.findall(r"#### (-?[0-9.,]+)", response)
+    gold = row.answer.rpartition("#### ")[2]  # also of a row whose working was removed
+    return bool(said) and said[0].replace(",", "") == gold.replace(",", "")
 
 
 def gpqa(response: str, row: Row) -> bool:

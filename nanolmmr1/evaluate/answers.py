@@ -110,6 +110,9 @@ class Answers:
                 keys.append(sampling.digest([common, asked.problem, row.answer, row.options, row.gold_rule, pictures]))
                 advance()
         self.keys[test.entry.name], self.reduced[test.entry.name] = keys, reduced
+        if reduced:
+            self.session.display.note(f"{test.entry.title}: {reduced:,} of {len(test.rows):,} rows have a picture above "
+                                      f"prompt.max_pixels={most:,}, which is reduced")
         places = {key: place for place, key in enumerate(keys)}
         self.judge_again(test, places)
         known = self.session.known

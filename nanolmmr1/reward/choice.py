@@ -3,6 +3,7 @@ r"""Multiple choice: the letters that a text chooses, and the options that a pro
 Next: values.py, numbers with units.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ _DENIED = re.compile(r"[)\]]?\s*(?:is|are)\s+(?:wrong|incorrect|false|not)\b|[)\
 _DENIES = re.compile(r"(?:\bnot|n't|\bexcept|不)\s*[(\[]?$", re.IGNORECASE)
 
 
+@functools.lru_cache(8192)
 def gold_letters(gold: str) -> tuple[str, str] | None:
     r"""(letters, text) of a gold answer that is an option, or several; None if it is anything else.
 
@@ -50,6 +52,7 @@ def gold_letters(gold: str) -> tuple[str, str] | None:
     return None
 
 
+@functools.lru_cache(8192)
 def chosen_letters(answer: str) -> str:
     """The option letters that an answer chooses, sorted; "" if it chooses none, or offers several with "or"."""
     answer = answer[before.end() :] if (before := _BEFORE.match(answer)) else answer
