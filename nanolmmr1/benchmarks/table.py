@@ -180,7 +180,7 @@ ENTRIES = (
               ("subject", "knowledge_level", "answer_type"), problem="id", lenient=lenient.dynamath, more=_dynamath),
     # All of it; EMMA-mini is a sample of 100 rows a subject.
     Benchmark("emma", "EMMA", tuple(map("luckychao/EMMA:{}@test".format, ("Chemistry", "Coding", "Math", "Physics"))),
-              2788, "not stated", "", official.emma, ("subject", "category", "task", "type")),
+              2788, "not stated", "emma", official.emma, ("subject", "category", "task", "type")),
     Benchmark("geometry3k", "Geometry3K test", ("hiyouga/geometry3k@test",), 601, "MIT", "", official.geometry3k),
     Benchmark("gsm8k", "GSM8K test", ("openai/gsm8k:main@test",), 1319, "MIT", "", official.gsm8k,
               lenient=lenient.gsm8k))

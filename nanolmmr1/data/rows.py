@@ -250,7 +250,9 @@ class _Source:
                    fields.gold_rule())
 
     def _schema(self, record: schemas.Record) -> schemas.Schema:
-        """The record's schema: the named one, or the one that its columns fit."""
+        """The record's schema: the named one, or the one that its columns fit, or that of the rows that we wrote."""
+        if schemas.OURS in record:
+            return schemas.recognize(record)
         fits = [schema for schema in self.entries if record.keys() >= set(schema.has)]
         if self.entries and not fits:
             raise BadRow("other schema", f"the row lacks columns of the schema {self.entries[0].name}: "

@@ -127,8 +127,9 @@ def _mathverse(record: Record) -> Record:
 
 
 def _olympiad(record: Record) -> Record:
-    """Questions of physics may share a context; a tolerance is text."""
+    """Questions of physics may share a context, which EMMA calls none where it is absent; a tolerance is text."""
     parts = [record.get("context"), record.get("question")]
+    parts[0] = None if str(parts[0]).strip().lower() == "none" else parts[0]
     joined = {"question": "\n".join(map(str, parts))} if all(map(_is_text, parts)) else {}
     return record | joined | {"gold_rule": _tolerance(record.get("error"))}
 
@@ -219,6 +220,7 @@ SCHEMAS = (
     Schema("logicvista", ("imagename", "question", "broad_capability")),
     *(Schema("dynamath", ("question", "answer_type", level, "subject"), change=_dynamath)
       for level in ("level", "knowledge_level")),
+    Schema("emma", ("pid", "question", "type", "context", "category"), change=_olympiad),
     Schema("gpqa", ("Question", "Correct Answer", "Incorrect Answer 3"), change=_gpqa, text_gold=True),
     Schema("math500", ("problem", "unique_id", "subject", "level")),
     # text, by few columns, so they come last
