@@ -59,7 +59,7 @@ def test_every_benchmark_is_read_from_its_published_layout_and_no_row_is_lost(na
     empty = 1 if name == "logicvista" else 0  # one published gold is empty
     assert loaded.dropped == ({"no answer": 1} if empty else {})
     assert len(kept) == len(fixtures.published_rows(name)) - OTHERS.get(name, 0) - empty and len(kept) >= 12
-    assert len({(row.problem, row.extra.get("sample_index")) for row in kept}) == len(kept), "all are different"
+    assert len({(row.problem, row.id) for row in kept}) == len(kept), "all are different"
     entry = BENCHMARKS[name]
     for row in kept:
         text = entry.official(row)

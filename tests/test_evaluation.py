@@ -168,10 +168,49 @@ def test_rows_that_a_training_set_holds_are_left_out_of_a_second_score(sums, sma
     assert "no report of --contaminated was made against it" in capsys.readouterr().out
 
 
-def test_a_limit_takes_rows_evenly(sums):
-    rows = load_rows(str(sums)).rows
-    assert [row.id for row in spread(rows, 3)] == ["sum0", "sum2", "sum4"]
-    assert [len(spread(rows, limit)) for limit in (0, 1, 6, 7)] == [6, 1, 6, 6]
+def test_rows_of_one_id_are_told_apart(small_model, tmp_path):
+    variants = [{"id": str(seed), "question": f"What is {seed} + {variant}?", "ground_truth": str(seed + variant),
+                 "answer_type": "float", "subject": "arithmetic", "knowledge_level": "school"}
+                for seed in (1, 2) for variant in range(10)]  # fmt: skip
+    source = write(tmp_path / "dyn.jsonl", variants)
+    leaked = write(tmp_path / "train.jsonl", [
+        {"problem": variants[place]["question"], "answer": variants[place]["ground_truth"]} for place in (7, 13)] + SUMS[:1])
+    prepare(["auto", str(leaked), str(tmp_path / "rows.jsonl"), "--against", f"dynamath={source}"])
+    report = tmp_path / "rows.jsonl.report.json"
+    items, results = evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report)
+    assert [place for place, item in enumerate(items) if item["contaminated"]] == [7, 13]
+    assert len({item["id"] for item in items}) == 20 and len({item["problem"] for item in items}) == 2
+    items, _ = evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report, "--limit", 10)
+    assert not any(item["contaminated"] for item in items)  # the places 0, 2, 4 ...
+    write(source, [row | {"id": f"other {row['id']}"} for row in variants])
+    with pytest.raises(UserError, match="2 of its 2 rows of dynamath are not in"):
+        evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report)
+
+
+def test_gpqa_is_private_wherever_it_is_from(shared, small_model, tmp_path, capsys):
+    source = publish_benchmark("gpqa_diamond", tmp_path / "gpqa")
+    questions = [row.problem.partition("\n")[0] for row in load_rows(source).rows]
+    out = tmp_path / "out"
+    evaluate(out, small_model, source)
+    texts = [capsys.readouterr().out, *((out / name).read_text() for name in (*FILES, command.JOURNAL))]
+    assert not any(question in text for question in questions for text in texts)
+
+
+def test_a_file_of_a_benchmarks_name_is_not_that_benchmark(small_model, tmp_path):
+    _, results = evaluate(tmp_path / "out", small_model, write(tmp_path / "mathvision.jsonl", SUMS))
+    (entry,) = results["benchmarks"].values()
+    assert entry["title"] == "mathvision" and not entry["published"] and not entry["rows"]
+
+
+def test_a_column_that_the_score_needs_must_be_there(shared, small_model, tmp_path, monkeypatch):
+    source = publish_benchmark("mmstar", tmp_path / "mmstar")
+    monkeypatch.setitem(BENCHMARKS, "mmstar", BENCHMARKS["mmstar"]._replace(macro="axis"))
+    with pytest.raises(UserError, match="no row has a column 'axis'"):
+        evaluate(tmp_path / "out", small_model, f"mmstar={source}")
+
+
+def test_a_limit_takes_rows_evenly():
+    assert spread(6, 3) == [0, 2, 4] and [len(spread(6, limit)) for limit in (0, 1, 6, 7)] == [6, 1, 6, 6]
 
 
 def test_a_row_that_cannot_be_asked_counts_as_wrong(sums, small_model, tmp_path):
@@ -187,7 +226,7 @@ def test_pictures_above_the_limit_are_counted(small_model, tmp_path):
     rows = write(tmp_path / "rows.jsonl", [
         {"problem": "<image> What?", "answer": "red", "images": [f"{name}.png"]} for name in ("large", "small")])
     _, results = evaluate(tmp_path / "out", small_model, rows)
-    assert results["settings"]["benchmarks"]["rows"]["reduced_pictures"] == 1
+    assert results["settings"]["benchmarks"][str(rows)]["reduced_pictures"] == 1
 
 
 def test_what_cannot_work_is_refused_and_finished_items_stay(sums, small_model, tmp_path, shared, asked):  # noqa: F811

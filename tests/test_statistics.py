@@ -221,3 +221,14 @@ def test_4000_items_of_any_kind_take_less_than_a_second():
         began = time.process_time()
         assert isinstance(score(items, macro), Estimate)
         assert time.process_time() - began < 3
+
+
+def test_the_exact_test_of_a_difference_is_mcnemars():
+    def p(lost, gained, same=10):
+        old, new = [1] * lost + [0] * gained + [1] * same, [0] * lost + [1] * gained + [1] * same
+        return difference(single(old), single(new)).p
+
+    assert p(0, 4) == 0.125 and p(4, 0) == 0.125 and p(0, 10) == 2 / 1024 and p(3, 3) == p(0, 0) == 1.0
+    assert p(1, 5) == pytest.approx(2 * (1 + 6) / 64)
+    pair = [item(1, name=name, problem="0") for name in "ab"]
+    assert difference(pair, pair).p is None and difference([item(1, 0)], [item(1, 1)]).p is None

@@ -5,9 +5,11 @@ Next: item.py, one answered row.
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from nanolmmr1.benchmarks import official
 from nanolmmr1.benchmarks.table import BENCHMARKS, Benchmark, find
 from nanolmmr1.data.store import Row, Rows
 
@@ -27,8 +29,9 @@ def choose(text: str) -> Chosen:
     """
     name, _, source = text.partition("=")
     if name not in BENCHMARKS and (re.search("[/.]", name) or os.path.exists(text)):
+        # Its name is no short one: a file mathvision.jsonl need not be that benchmark.
         title = Path(text.partition("@")[0]).stem
-        return Chosen(Benchmark(title, title, (text,), 0, "not stated", "", lambda row: row.problem), [text])
+        return Chosen(Benchmark(text, title, (text,), 0, "not stated", "", official.plain), [text])
     entry = find(name)
     return Chosen(entry, [source] if source else [*entry.source])
 
@@ -38,10 +41,21 @@ def kept(rows: Rows, entry: Benchmark) -> Rows:
     return rows.subset(place for place, row in enumerate(rows) if entry.keep(row))
 
 
-def spread(rows: Rows, limit: int) -> Rows:
-    """So many of the rows, evenly spread, since a file may be sorted by subject; all with 0."""
-    few = min(limit, len(rows)) or len(rows)
-    return rows.subset(number * len(rows) // few for number in range(few))
+def spread(count: int, limit: int) -> list[int]:
+    """The places of `limit` of `count` rows, evenly spread, since a file may be sorted by subject; all with 0."""
+    few = min(limit, count) or count
+    return [number * count // few for number in range(few)]
+
+
+class Numbered:
+    """Makes names different: the second "7" is "7#2". In the order of a benchmark's rows, it gives each an id."""
+
+    def __init__(self) -> None:
+        self.seen = Counter[str]()
+
+    def __call__(self, name: str) -> str:
+        self.seen[name] += 1
+        return name if self.seen[name] == 1 else f"{name}#{self.seen[name]}"
 
 
 def as_published(row: Row, entry: Benchmark) -> Row:

@@ -31,7 +31,7 @@ class Item(NamedTuple):
     gold: str  # "" where rows must not be published
     responses: list[Response]  # as many as were asked for; [] with a fault
     fault: str = ""  # why the row was not asked, as "prompt too long"; it counts as wrong
-    contaminated: bool = False  # whether a training set holds it
+    contaminated: bool | None = None  # whether a training set holds it; None: not looked for
 
     def record(self) -> dict[str, Any]:
         """The item as JSON-able values."""

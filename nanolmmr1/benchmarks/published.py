@@ -13,7 +13,9 @@ class Published(NamedTuple):
     """A score in percent, as printed."""
 
     model: str
-    benchmark: str  # a name of table.py; "NAME: COLUMN=VALUE" for a part of its rows, "NAME: ..." for another measure
+    # A name of table.py; "NAME: COLUMN=VALUE" for a part of its rows, "NAME: ..." for another measure, "mean: ..." for
+    # the mean of several.
+    benchmark: str
     value: float
     source: str
     rows: int | None  # of which it is the share that is right; None: not stated

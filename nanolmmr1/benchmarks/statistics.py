@@ -36,6 +36,7 @@ class Difference(NamedTuple):
     estimate: Estimate
     lost: int  # items of which fewer responses are right; of one response each: that were right and are wrong
     gained: int
+    p: float | None  # of the exact test that both are equally likely (McNemar); None: rows are not independent
 
 
 def share_right(item: Item) -> float:
@@ -67,7 +68,7 @@ def score(items: Sequence[Item], macro: str = "") -> Estimate | None:
         macro: a subject: the mean over its values of the means over their items.
     """
     values = np.array([share_right(item) for item in items])
-    if macro or len({item.problem for item in items}) < len(items) or max(map(_responses, items), default=0) > 1:
+    if macro or not _independent(items):
         return _bootstrap(items, values, macro, 0.0)
     return wilson(float(values.sum()), len(items)) if items else None
 
@@ -81,7 +82,20 @@ def difference(first: Sequence[Item], second: Sequence[Item], macro: str = "") -
     pairs = [(item, others[key]) for item in first if (key := (item.benchmark, item.id)) in others]
     changes = np.array([share_right(new) - share_right(old) for old, new in pairs])
     found = _bootstrap([old for old, _ in pairs], changes, macro, -1.0)
-    return found and Difference(found, int((changes < 0).sum()), int((changes > 0).sum()))
+    lost, gained = int((changes < 0).sum()), int((changes > 0).sum())
+    independent = _independent([old for old, _ in pairs]) and _independent([new for _, new in pairs])
+    return found and Difference(found, lost, gained, _mcnemar(lost, gained) if independent else None)
+
+
+def _mcnemar(lost: int, gained: int) -> float:
+    """The two-sided binomial test of lost against gained."""
+    count, least = lost + gained, min(lost, gained)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(least + 1)) / 2**count)
+
+
+def _independent(items: Sequence[Item]) -> bool:
+    """Whether every problem has one item with at most one response."""
+    return len({item.problem for item in items}) == len(items) and max(map(_responses, items), default=0) < 2
 
 
 def wilson(right: float, count: int) -> Estimate:

@@ -1,7 +1,7 @@
 """The benchmarks: a table, one entry each.
 
 To add one, write an entry here and its prompt in official.py; data/schemas.py needs an entry only where the names of
-the columns do not tell how its rows are read.
+the columns do not tell how its rows are read. tests/fixtures_benchmarks.py wants some rows of it, in its own layout.
 
 Next: official.py, their own prompts.
 """
@@ -75,7 +75,7 @@ def subject(row: Row, column: str) -> str:
 
 
 def _has(**values: str) -> Callable[[Row], bool]:
-    """Whether no column of a row has another value: a file of a single configuration may lack the column."""
+    """A test of rows: each of these columns has its value here, or is absent, as in a file of one configuration."""
     return lambda row: all(row.extra.get(column, value) == value for column, value in values.items())
 
 

@@ -35,8 +35,8 @@ COLUMNS = {
                "image_name", "picture", "pictures", "picture_path", "photo", "photos", "figure", "figures",
                "figure_path", "diagram", "diagrams", "screenshot", "jpg", "jpeg", "png", "webp", "image_url",
                "image_urls", *CHATS),
-    "options": ("options", "choices", "option"), "caption": ("caption",), "id": ("id", "qid"), "task": ("task",),
-    "gold_rule": ("gold_rule",)}
+    "options": ("options", "choices", "option"), "caption": ("caption",), "task": ("task",),
+    "gold_rule": ("gold_rule",), "id": ("id", "qid", "pid", "sample_index", "unique_id")}
 # The keys of a gold rule, each optional, and what their values are.
 GOLD_RULE = {"accept": "a list of texts, other gold answers that are right as well",
              "decimals": f"an integer up to {MOST_DECIMALS}: answer and gold are rounded to so many decimals",

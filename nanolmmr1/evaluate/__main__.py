@@ -151,7 +151,7 @@ def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable
     """Benchmark -> ids of the rows that a training set holds, of reports that `prepare --against` wrote.
 
     Raises:
-        UserError: a file is no such report.
+        UserError: a file is no such report, or is of another file of the benchmark.
     """
     leaked: dict[str, set[str]] = {}
     for path in paths:
@@ -164,7 +164,12 @@ def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable
                 from error
         for test in tests:
             if names := checked & {test.entry.name, *test.sources, f"{test.entry.name}={test.sources[0]}"}:
-                leaked.setdefault(test.entry.name, set()).update(name for which, name in hits if which in names)
+                ids = {name for which, name in hits if which in names}
+                if unknown := sorted(ids - test.all_ids):
+                    raise UserError(f"--contaminated {shown(path)}: {len(unknown)} of its {len(ids)} rows of "
+                                    f"{test.entry.name} are not in {', '.join(test.sources)}, as {shown(unknown[0])}: "
+                                    "make the report again with --against these files")
+                leaked.setdefault(test.entry.name, set()).update(ids)
     for test in tests if paths else ():
         if test.entry.name not in leaked:
             note(f"{test.entry.title}: no report of --contaminated was made against it")
@@ -215,6 +220,8 @@ def finish(
     write_atomically(out / "items.jsonl", b"".join(lines(items)))
     results = summarise(items, {test.entry.name: test.entry for test in tests}, options.official, options.samples)
     params = answers[0].params
+    results["units"] = ("scores, shares and 95 % intervals (low, high) are fractions of 1, tokens are means per "
+                        "response, published values are percentages")
     results["settings"] = {
         "models": {each.label: {"path": str(each.session.folder), "prompt": asking.kind, "system": asking.prompt.system,
                                 "template": asking.prompt.template, "format": asking.format}

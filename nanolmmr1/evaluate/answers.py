@@ -5,17 +5,18 @@ Next: summary.py, numbers.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nanolmmr1.benchmarks
 import nanolmmr1.reward
-from nanolmmr1.benchmarks.choose import Chosen, as_published, kept, spread
+from nanolmmr1.benchmarks.choose import Chosen, Numbered, as_published, kept, spread
 from nanolmmr1.benchmarks.item import Item, Response
 from nanolmmr1.benchmarks.table import Benchmark, subject
 from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import image_size
+from nanolmmr1.data.schemas import recognize
 from nanolmmr1.data.store import Row, Rows
 from nanolmmr1.errors import UserError
 from nanolmmr1.prepare import sampling
@@ -34,10 +35,11 @@ class TestSet(NamedTuple):
     sources: list[str]
     rows: Rows
     ids: list[str]  # of the rows, each another one
+    all_ids: set[str]  # also of those beyond a limit
     dropped: dict[str, int]  # rows of the source that are bad, by reason
 
 
-def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Any) -> TestSet:
+def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Callable[[str], None]) -> TestSet:
     """Read a benchmark's rows; on all ranks together.
 
     Raises:
@@ -45,7 +47,8 @@ def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Any) -> TestSet:
     """
     entry, sources = chosen
     rows, read = setup.share_rows(sources, cfg.prompt.columns, cfg.data, Path(cfg.output), entry.schema)
-    note(f"{entry.title}: {', '.join(read.notes)}")
+    for text in read.notes:
+        note(text)
     if lost := {why: count for why, count in read.dropped.items() if why.startswith("picture")}:
         raise UserError(f"{entry.name}: {lost}: a benchmark is not scored without its pictures; put them beside its "
                         "rows, or name their folder with data.image_dir")
@@ -53,12 +56,27 @@ def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Any) -> TestSet:
         raise UserError(f"{entry.name}: none of the rows of {', '.join(sources)} is of this benchmark")
     if entry.rows and len(rows) != entry.rows:
         note(f"{entry.title}: {len(rows):,} rows, and {entry.rows:,} are published")
-    rows = spread(rows, limit)
-    ids, seen = [row.id for row in rows], dict[str, int]()
-    for place, name in enumerate(ids):
-        seen[name] = seen.get(name, 0) + 1
-        ids[place] = name if seen[name] == 1 else f"{name}#{seen[name]}"
-    return TestSet(entry, sources, rows, ids, read.dropped)
+    entry = _as_found(entry, rows, note)
+    numbered, places = Numbered(), spread(len(rows), limit)
+    ids = [numbered(row.id) for row in rows]
+    return TestSet(entry, sources, rows.subset(places), [ids[place] for place in places], set(ids), read.dropped)
+
+
+def _as_found(entry: Benchmark, rows: Rows, note: Callable[[str], None]) -> Benchmark:
+    """The entry with the columns that the rows have, and private if they are GPQA's, wherever they are from.
+
+    Raises:
+        UserError: no row has the column over whose values the score is a mean.
+    """
+    columns = [column for column in (*entry.subjects, entry.macro, entry.problem) if column]
+    present = {column for column in columns if any(subject(row, column) for row in rows)}
+    if entry.macro and entry.macro not in present:
+        raise UserError(f"{entry.name}: no row has a column {entry.macro!r}, over whose values its score is a mean: "
+                        "give the benchmark's own file")
+    if entry.problem and entry.problem not in present:
+        note(f"{entry.title}: no row has a column {entry.problem!r}, so intervals treat all rows as independent")
+    subjects = tuple(column for column in dict.fromkeys((*entry.subjects, entry.macro)) if column in present)
+    return entry._replace(subjects=subjects, private=entry.private or recognize(rows[0].extra).name == "gpqa")
 
 
 @functools.cache
@@ -111,8 +129,8 @@ class Answers:
                 advance()
         self.keys[test.entry.name], self.reduced[test.entry.name] = keys, reduced
         if reduced:
-            self.session.display.note(f"{test.entry.title}: {reduced:,} of {len(test.rows):,} rows have a picture above "
-                                      f"prompt.max_pixels={most:,}, which is reduced")
+            self.session.display.note(f"{test.entry.title}: {reduced:,} of {len(test.rows):,} rows have a picture that "
+                                      f"is reduced to prompt.max_pixels={most:,}")
         places = {key: place for place, key in enumerate(keys)}
         self.judge_again(test, places)
         known = self.session.known
@@ -160,7 +178,7 @@ class Answers:
 
     def items(self, test: TestSet, found: dict[str, Any]) -> Iterator[Item]:
         """The rows whose keys are in `found`, in their order; on rank 0."""
-        entry, leaked = test.entry, self.leaked.get(test.entry.name, set())
+        entry, leaked = test.entry, self.leaked.get(test.entry.name)
         for key, row, name in zip(self.keys[entry.name], test.rows, test.ids, strict=True):
             if (result := found.get(key)) is not None:
                 is_fault = isinstance(result, str)
@@ -168,4 +186,4 @@ class Answers:
                     self.label, entry.name, name, subject(row, entry.problem) or name,
                     {column: subject(row, column) for column in entry.subjects}, "" if entry.private else row.answer,
                     [] if is_fault else [Response(**each) for each in result["responses"]],
-                    result if is_fault else "", name in leaked)
+                    result if is_fault else "", None if leaked is None else name in leaked)

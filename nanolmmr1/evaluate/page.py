@@ -27,7 +27,7 @@ from nanolmmr1.benchmarks.statistics import share_right
 from nanolmmr1.data.images import open_image
 from nanolmmr1.data.readers import BadRow
 from nanolmmr1.data.store import ImageItem, Row
-from nanolmmr1.evaluate.summary import Record, by_official, by_subject, further, half_width, interval, points, rules
+from nanolmmr1.evaluate.summary import Record, by_official, by_subject, chance, further, interval, points, rules
 from nanolmmr1.files import write_atomically
 from nanolmmr1.report import page as run_page
 from nanolmmr1.report.chart import NUM_COLOURS, number, y_ticks
@@ -64,7 +64,7 @@ def write_page(path: Path, results: Record, items: Iterable[Item], row_of: Calla
         subjects={name: by_subject(results, name) for name in names},
         sources={name: list(_source(results, name)) for name in names},
         browser=list(browser(found, results, row_of)), outcomes=OUTCOMES,
-        points=points, interval=interval, half_width=half_width, further=further)  # fmt: skip
+        points=points, interval=interval, further=further, chance=chance)  # fmt: skip
     write_atomically(path, html.encode("utf-8", "replace"))
 
 

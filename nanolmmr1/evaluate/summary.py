@@ -49,7 +49,7 @@ def summarise(items: Iterable[Item], entries: Mapping[str, Benchmark], official:
             found = statistics.difference(by_model.get(base, []), mine, entries[name].macro) if model != base else None
             if found:
                 differences.append({"benchmark": name, "model": model, "base": base, **_estimate(found.estimate),
-                                    "lost": found.lost, "gained": found.gained})  # fmt: skip
+                                    "lost": found.lost, "gained": found.gained, "p": _rounded(found.p)})  # fmt: skip
     return {
         "official": official, "k": k, "models": list(models),
         "benchmarks": {name: _benchmark(entries[name]) for name in groups}, "scores": scores,
@@ -81,7 +81,7 @@ def _score(items: Sequence[Item], entry: Benchmark, k: int) -> Record:
         **_estimate(statistics.score(items, entry.macro)),
         "plain": _estimate(statistics.score(items)) if entry.macro else None,  # the headline is a mean of means
         "contaminated": len(items) - len(clean),
-        "clean": _estimate(statistics.score(clean, entry.macro)) if len(clean) < len(items) else None,
+        "clean": _estimate(statistics.score(clean, entry.macro)) if items[0].contaminated is not None else None,
         "pass_at_k": _mean(statistics.pass_at_k(item, k) for item in items) if several else None,
         "majority": _mean(map(statistics.majority, items)) if several else None,
         "faults": dict(Counter(item.fault for item in items if item.fault).most_common()),
@@ -146,9 +146,9 @@ def interval(found: Record, sign: str = "") -> str:
     return f"[{points(found['low'], sign)}, {points(found['high'], sign)}]"
 
 
-def half_width(found: Record) -> str:
-    """Half the width of an estimate's interval, as "±1.5"; "" without rows."""
-    return "" if found["score"] is None else f"±{points((found['high'] - found['low']) / 2)}"
+def chance(p: float | None) -> str:
+    """The p of McNemar's exact test; a dash where rows are not independent."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def further(score: Record, entry: Record, k: int) -> Iterator[tuple[str, str]]:
@@ -178,7 +178,7 @@ def _table(title: str, *columns: str, right: int = 0) -> Table:
 def _tables(results: Record, subjects: bool) -> Iterator[Table]:
     official = results["official"]
     scores = _table(f"right, % ({rules(results)}) with 95 % intervals", "", "score", "rows", "without\nleaked",
-                    "no\nrule" if official else "un-\ndecided", "cut\noff", "tokens", right=1)  # fmt: skip
+                    "un-\ndecided", *["by our\nrule"] * official, "cut\noff", "tokens", right=1)  # fmt: skip
     more, others = _table("further", "", ""), _table("published by others", "", "")
     for name, entry in results["benchmarks"].items():
         title = shown(entry["title"])
@@ -207,21 +207,24 @@ def _published(entry: Record, parts: bool) -> dict[str, dict[str, list[str]]]:
 
 
 def _cells(score: Record, entry: Record, official: bool) -> Iterator[str]:
-    yield f"{points(score['score'])} {half_width(score)} {interval(score)}"
+    yield f"{points(score['score'])} {interval(score)}"
     yield f"{score['rows']:,}" + (f"/{entry['rows']:,}" if entry["rows"] not in (0, score["rows"]) else "")
     yield f"{points(score['clean']['score'])} (−{score['contaminated']:,})" if score["clean"] else "–"
-    yield f"{score['without_official' if official else 'undecided']:,}"
+    yield f"{score['undecided']:,}"
+    if official:
+        yield f"{score['without_official']:,}"
     yield points(score["cut"])
     yield "–" if score["tokens"] is None else f"{score['tokens']:,.0f}"
 
 
 def _differences(results: Record) -> Table:
     base = shown(results["models"][0]) if results["models"] else ""
-    table = _table(f"better than {base}, points", "", "difference", "right → wrong", "wrong → right", "rows", right=1)
+    table = _table(f"better than {base}, points", "", "difference", "right →\nwrong", "wrong →\nright", "p", "rows",
+                   right=1)
     for each in results["differences"]:
         title = shown(results["benchmarks"][each["benchmark"]]["title"])
         table.add_row(f"{title}, {shown(each['model'])}", f"{points(each['score'], '+')} {interval(each, '+')}",
-                      *(f"{each[key]:,}" for key in ("lost", "gained", "rows")))  # fmt: skip
+                      f"{each['lost']:,}", f"{each['gained']:,}", chance(each["p"]), f"{each['rows']:,}")
     return table
 
 

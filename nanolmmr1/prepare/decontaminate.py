@@ -35,6 +35,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
+from nanolmmr1.benchmarks.choose import Numbered
 from nanolmmr1.data.images import MARKERS, open_image
 from nanolmmr1.data.rows import Row
 from nanolmmr1.reward.choice import gold_letters, listed_options, option_values
@@ -135,9 +136,10 @@ class Contamination:
             BadRow: a picture cannot be read.
         """
         sequences, owners, pictures, pictured = [self.sequences], [self.owners], list[Fingerprint](), list[int]()
+        numbered = Numbered()
         for row in track(rows, f"reading {benchmark}", transient=True, disable=length_hint(rows) <= 200):
             number, words = len(self.known), _words(row)
-            self.known.append(_Known(benchmark, row.id, _answer(row), _options(row), len(words) < WORDS,
+            self.known.append(_Known(benchmark, numbered(row.id), _answer(row), _options(row), len(words) < WORDS,
                                      bool(row.images)))  # fmt: skip
             sequences.append(_sequences(words))
             owners.append(np.full(len(sequences[-1]), number, np.int32))

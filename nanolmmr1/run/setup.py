@@ -128,7 +128,7 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
         assert limit is not None, "the recipe is resolved"
         entry, sources = tests[name]
         rows, *_ = loader.select(sources, captions, limit, f"evaluate.{name}", entry=entry)
-        data.tasks[name] = spread(rows, cfg.evaluate.limit), captions
+        data.tasks[name] = rows.subset(spread(len(rows), cfg.evaluate.limit)), captions
     return data
 
 
