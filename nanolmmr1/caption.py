@@ -27,7 +27,7 @@ from typing import Any
 
 from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import MARKER
-from nanolmmr1.data.rows import Row
+from nanolmmr1.data.store import Row, picture_hash
 from nanolmmr1.errors import UserError
 from nanolmmr1.parallel import dist
 from nanolmmr1.prepare import sampling
@@ -202,7 +202,7 @@ class Captions:
 
 def _hash(item: str | bytes) -> str:
     try:
-        return sampling.picture_hash(item)
+        return picture_hash(item)
     except OSError:
         return ""
 

@@ -107,8 +107,11 @@ def _problems(cfg: Recipe) -> Iterator[str]:
     for name, task in cfg.evaluate.tasks.items():
         check_name("evaluate.tasks", name)
         good = isinstance(task, dict) and not set(task) - {"data", "captions"} and task.get("data")
-        if not (good and isinstance(task["data"], str | list) and isinstance(task.get("captions", False), bool)):
-            yield f"evaluate.tasks.{name}={task!r}: give {{data: FILE, captions: true or false}}"
+        data = task["data"] if good else None
+        names = [data] if isinstance(data, str) else data if isinstance(data, list) else [None]
+        if not (all(isinstance(each, str) for each in names) and isinstance(task.get("captions", False), bool)):
+            yield (f"evaluate.tasks.{name}={task!r}: give {{data: FILE or BENCHMARK, captions: true or "
+                   "false}}")
 
 
 def _phase_problems(phase: Phase, engine: str) -> Iterator[str]:

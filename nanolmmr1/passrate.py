@@ -27,7 +27,7 @@ from nanolmmr1.data.columns import COLUMNS
 from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import MARKER
 from nanolmmr1.data.schemas import OURS
-from nanolmmr1.data.store import Row
+from nanolmmr1.data.store import Row, picture_hash
 from nanolmmr1.errors import UserError
 from nanolmmr1.parallel import dist
 from nanolmmr1.prepare import sampling
@@ -101,7 +101,7 @@ class PassRate:
     def key(self, row: Row, common: str) -> str:
         """The key of a row as it is asked. A row of text has one key, with or without images."""
         try:
-            pictures = [sampling.picture_hash(item) for item in row.images]
+            pictures = [picture_hash(item) for item in row.images]
         except OSError:
             return ""
         caption = row.caption * self.session.phase.captions

@@ -245,7 +245,8 @@ class Plan(Section):
 
 
 class Evaluate(Section):
-    tasks: dict[Text, Any] = key({}, "name -> {data: ..., captions: false}; held-out rows, answered greedily")
+    tasks: dict[Text, Any] = key({}, "name -> {data: ..., captions: false}; held-out rows, or a benchmark "
+        "of nanolmmr1.evaluate, answered greedily")
     every_steps: Whole = key(0, "steps between evaluations in a phase; 0: only at its end")
     limit: Whole = key(0, "rows per task; 0: all")
     max_response_tokens: Tokens | None = key(None, "none: the largest of the phases")

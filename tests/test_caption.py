@@ -13,7 +13,7 @@ from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import Row
 from nanolmmr1.errors import UserError
 
-small_model, nursery = test_passrate.small_model, test_passrate.nursery  # fixtures
+nursery = test_passrate.nursery  # a fixture
 OPTIONS = "Which is it?\n(A) 12\n(B) 15\n(C) 20\n(D) 25"
 KITES = "Which kite has the longest string?\n(A)\n(B)\n(C)\n(D)\n(E)"
 LEAKS = [  # problem, gold answer, caption, whether it leaks

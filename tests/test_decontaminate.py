@@ -23,7 +23,6 @@ from nanolmmr1.prepare.decontaminate import (
     MAX_STRETCH,
     MIN_CORRELATION,
     Contamination,
-    Hit,
     compare,
     fingerprint,
 )
@@ -86,11 +85,16 @@ def prints(row):
     return [fingerprint(open_image(item)) for item in row.images]
 
 
+def best(index, row):
+    """The row of a benchmark that a row looks like most; None if there is none."""
+    return next(iter(index.find(row, prints(row))), None)
+
+
 def find(row, *benchmark):
     """The hit of a training row in a benchmark of these rows."""
     index = Contamination()
     index.add("bench", benchmark)
-    return index.find(row, prints(row))
+    return best(index, row)
 
 
 def same(one, other):
@@ -134,7 +138,7 @@ def test_a_number_is_found_with_and_without_commas():
 def test_a_benchmark_row_with_options_is_found_without_them():
     for text in (LONG, LONG.replace("point $D$", "point (D)")):  # a letter that is no option
         hit = find(Row(LONG, "24"), Row(text + LISTED, "B", id="7", options=OPTIONS))
-        assert hit == Hit("bench", "7", 1.0, True, False) and hit.contaminated
+        assert hit[:5] == ("bench", "7", 1.0, True, False) and hit.contaminated
 
 
 def test_the_overlap_is_the_share_of_the_benchmark_row():
@@ -170,7 +174,7 @@ def test_a_short_text_must_be_equal_with_answer_and_picture():
     pictured = Row("<image>Find x.", "5", [one])
     assert find(Row("Find x.", "5"), pictured) is None
     assert find(Row("<image>Find $x$", "5", [other]), pictured) is None
-    assert find(Row("<image>Find $x$", "5", [one]), pictured) == Hit("bench", "", 1.0, True, True)
+    assert find(Row("<image>Find $x$", "5", [one]), pictured)[:5] == ("bench", "", 1.0, True, True)
     # The same question to the same picture, whatever the answer: it may only be written in another way.
     for answer in ("6", "5.00 units of length", r"\frac{x}{2}"):
         assert find(Row("<image>Find x.", answer, [one]), pictured).contaminated
@@ -276,7 +280,7 @@ def test_a_picture_alone_is_reported_and_drops_a_row_with_the_same_text_or_answe
     image = png(drawing(1))
     bench = Row("<image>" + LONG, "24", [image], id="7")
     other = "<image>How many of the corners of the figure are marked with the letter A in this drawing of a pupil?"
-    assert find(Row(other, "3", [image]), bench) == Hit("bench", "7", 0.0, False, True)
+    assert find(Row(other, "3", [image]), bench)[:5] == ("bench", "7", 0.0, False, True)
     assert not find(Row(other, "3", [image]), bench).contaminated
     assert find(Row(other, "24", [image]), bench).contaminated
     assert find(Row("<image>" + LONG, "3", [image]), bench).contaminated
@@ -290,12 +294,12 @@ def test_the_most_telling_hit_is_returned():
     index.add("pictures", [Row("<image>?", "1", [image], id="a")])
     index.add("texts", [Row(LONG, "1", id="b"), Row(LONG + " " + LONG[:200], "24", id="c"), Row(LONG, "24", id="d")])
     for answer, expected in (("24", "d"), ("25", "b")):
-        assert index.find(Row(LONG, answer), []).id == expected
+        assert best(index, Row(LONG, answer)).id == expected
     row = Row("<image>" + LONG, "25", [image])
-    assert index.find(row, prints(row)).id == "b"
+    assert best(index, row).id == "b"
     row = Row("<image>" + LONG, "1", [image])
-    assert index.find(row, prints(row)).contaminated
-    assert Contamination().find(row, prints(row)) is None
+    assert best(index, row).contaminated
+    assert not Contamination().find(row, prints(row))
 
 
 def test_a_broken_picture_of_a_benchmark_is_named():
@@ -315,7 +319,7 @@ def test_a_hostile_text_takes_a_few_seconds_at_most(text):
     index = Contamination()
     index.add("bench", [Row(text, text or "1"), Row(LONG, "24", id="7")])
     index.find(Row(text, text or "1"), [])
-    assert index.find(Row(LONG + text, "24"), []).id == "7"
+    assert best(index, Row(LONG + text, "24")).id == "7"
     assert time.perf_counter() - began < 10
 
 
@@ -378,12 +382,12 @@ def test_real_rows_find_themselves_and_no_others(gsm8k, mathvision):
     began = time.perf_counter()
     pictures.add("mathvision", pictured)
     print(f"\n{(time.perf_counter() - began) / len(pictured) * 1e3:.1f} ms to read a row with a picture")
-    assert all(text.find(row, []).contaminated for row in test)
+    assert all(text.find(row, [])[0].contaminated for row in test)
     for row in pictured:
-        hit = pictures.find(row, prints(row))
+        hit = best(pictures, row)
         assert hit.contaminated and hit.picture
     began = time.perf_counter()
-    hits = [hit for row in train for index in (text, pictures) if (hit := index.find(row, []))]
+    hits = [hit for row in train for index in (text, pictures) for hit in index.find(row, [])]
     print(f"{(time.perf_counter() - began) / len(train) / 2 * 1e3:.2f} ms to find a row; hits of other rows: {hits}")
     assert not hits
 

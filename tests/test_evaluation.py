@@ -16,7 +16,8 @@ from PIL import Image
 from test_passrate import FEW, ROOT, Command, asked, nursery, rows_of, run_main, size, write  # noqa: F401
 
 import train
-from nanolmmr1.benchmarks.choose import spread
+from nanolmmr1 import config
+from nanolmmr1.benchmarks.choose import choose_task, spread
 from nanolmmr1.benchmarks.table import BENCHMARKS
 from nanolmmr1.data.rows import load_rows
 from nanolmmr1.errors import UserError
@@ -163,7 +164,10 @@ def test_rows_that_a_training_set_holds_are_left_out_of_a_second_score(sums, sma
     assert score["contaminated"] == 2
     with pytest.raises(UserError, match="is no OUT.report.json of prepare"):
         evaluate(out, small_model, sums, "--contaminated", sums)
-    other = write(tmp_path / "other.jsonl", SUMS)
+    copy = write(tmp_path / "copy.jsonl", [{**row, "id": f"another {row['id']}"} for row in SUMS])
+    items, _ = evaluate(out, small_model, copy, "--contaminated", tmp_path / "rows.jsonl.report.json")
+    assert [item["contaminated"] for item in items] == [False, False, True, True, False, False]
+    other = write(tmp_path / "other.jsonl", [{"problem": "Something new?", "answer": "1"}])
     evaluate(out, small_model, other, "--contaminated", tmp_path / "rows.jsonl.report.json")
     assert "no report of --contaminated was made against it" in capsys.readouterr().out
 
@@ -174,7 +178,8 @@ def test_rows_of_one_id_are_told_apart(small_model, tmp_path):
                 for seed in (1, 2) for variant in range(10)]  # fmt: skip
     source = write(tmp_path / "dyn.jsonl", variants)
     leaked = write(tmp_path / "train.jsonl", [
-        {"problem": variants[place]["question"], "answer": variants[place]["ground_truth"]} for place in (7, 13)] + SUMS[:1])
+        SUMS[0], *({"problem": variants[place]["question"], "answer": variants[place]["ground_truth"]}
+                   for place in (7, 13))])  # fmt: skip
     prepare(["auto", str(leaked), str(tmp_path / "rows.jsonl"), "--against", f"dynamath={source}"])
     report = tmp_path / "rows.jsonl.report.json"
     items, results = evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report)
@@ -182,7 +187,7 @@ def test_rows_of_one_id_are_told_apart(small_model, tmp_path):
     assert len({item["id"] for item in items}) == 20 and len({item["problem"] for item in items}) == 2
     items, _ = evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report, "--limit", 10)
     assert not any(item["contaminated"] for item in items)  # the places 0, 2, 4 ...
-    write(source, [row | {"id": f"other {row['id']}"} for row in variants])
+    write(source, [row | {"question": f"Now: {row['question']}"} for row in variants])
     with pytest.raises(UserError, match="2 of its 2 rows of dynamath are not in"):
         evaluate(tmp_path / "out", small_model, f"dynamath={source}", "--contaminated", report)
 
@@ -199,7 +204,7 @@ def test_gpqa_is_private_wherever_it_is_from(shared, small_model, tmp_path, caps
 def test_a_file_of_a_benchmarks_name_is_not_that_benchmark(small_model, tmp_path):
     _, results = evaluate(tmp_path / "out", small_model, write(tmp_path / "mathvision.jsonl", SUMS))
     (entry,) = results["benchmarks"].values()
-    assert entry["title"] == "mathvision" and not entry["published"] and not entry["rows"]
+    assert entry["title"] == str(tmp_path / "mathvision.jsonl") and not entry["published"] and not entry["rows"]
 
 
 def test_a_column_that_the_score_needs_must_be_there(shared, small_model, tmp_path, monkeypatch):
@@ -245,11 +250,29 @@ def test_what_cannot_work_is_refused_and_finished_items_stay(sums, small_model, 
         ([tmp_path / "text_model", sums], "only Qwen2.5-VL"),
         ([small_model, sums, "--compare", tmp_path / "text_model"], "only Qwen2.5-VL"),
         ([small_model, sums, "--samples", "0"], "--samples=0"),
+        ([small_model, sums, "model=other"], "model=other is set by MODEL"),
+        ([small_model, sums, "prompt.system=Think."], "prompt.system=Think. is set by"),
+        ([small_model, sums, "prompt.columns.answer=gold"], "gold"),
+        ([small_model, out / "items.jsonl"], "items.jsonl is a folder there, or is read"),
     ):
         with pytest.raises(UserError, match=words):
             evaluate(out, *arguments)
         assert {name: (out / name).read_bytes() for name in FILES} == before
     assert len(asked) == 6
+    with pytest.raises(UserError, match="the folder of a run or model"):
+        evaluate(small_model, small_model, sums)
+    with pytest.raises(UserError, match="gsm8k is a benchmark: give it a task of its own"):
+        choose_task([str(sums), "gsm8k"])
+    for data in ([3], {}, ""):
+        with pytest.raises(UserError, match="give {data: FILE or BENCHMARK"):
+            config.load("single", ["model=m", "defaults.data=d", f"evaluate.tasks.t={json.dumps({'data': data})}"])
+
+
+def test_rows_of_a_killed_command_do_not_stay(sums, small_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".rows.killed").write_text("a question")
+    evaluate(tmp_path / "out", small_model, sums)
+    assert not list((tmp_path / "out").glob(".rows.*"))
 
 
 def test_a_mistake_is_told_in_a_line_with_status_2(sums, small_model, tmp_path, nursery):  # noqa: F811
@@ -309,6 +332,7 @@ def test_labels_are_short_and_different():
     assert command.shortest(["Qwen/Qwen2.5-VL-3B-Instruct"]) == ["Qwen2.5-VL-3B-Instruct"]
     assert command.shortest(["runs/a/model", "runs/b/model", "base"]) == ["a", "b", "base"]
     assert command.shortest(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert command.shortest(["/"]) == ["model"] and "/" not in command.shortest([".."])[0]
 
 
 def test_another_model_of_the_name_is_asked_anew(sums, small_model, tmp_path, asked):  # noqa: F811

@@ -136,7 +136,7 @@ def test_what_cannot_be_prepared_is_refused_before_any_work(tmp_path):
         ([source, source], "is, or lies in"),
         ([source, str(tmp_path / "out.csv")], "a .csv file is not written"),
         (["gone.jsonl", out], "gone.jsonl does not exist"), ([source, out, "prompt.colums={}"], "prompt.columns"),
-        ([source, out, "--against", "gone"], "gone does not exist"),
+        ([source, out, "--against", "gone"], "'gone' is no benchmark"),
         ([str(tmp_path), str(tmp_path / "x.jsonl")], "is, or lies in"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words):

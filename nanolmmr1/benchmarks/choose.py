@@ -3,15 +3,18 @@
 Next: item.py, one answered row.
 """
 
+import hashlib
+import json
 import os
 import re
-from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from nanolmmr1.benchmarks import official
 from nanolmmr1.benchmarks.table import BENCHMARKS, Benchmark, find
-from nanolmmr1.data.store import Row, Rows
+from nanolmmr1.data.readers import shown
+from nanolmmr1.data.store import Row, Rows, picture_hash
+from nanolmmr1.errors import UserError
 
 
 class Chosen(NamedTuple):
@@ -29,11 +32,24 @@ def choose(text: str) -> Chosen:
     """
     name, _, source = text.partition("=")
     if name not in BENCHMARKS and (re.search("[/.]", name) or os.path.exists(text)):
-        # Its name is no short one: a file mathvision.jsonl need not be that benchmark.
-        title = Path(text.partition("@")[0]).stem
-        return Chosen(Benchmark(text, title, (text,), 0, "not stated", "", official.plain), [text])
+        # Its name is all of the text: a file mathvision.jsonl need not be that benchmark.
+        return Chosen(Benchmark(text, shown(text), (text,), 0, "not stated", "", official.plain), [text])
     entry = find(name)
     return Chosen(entry, [source] if source else [*entry.source])
+
+
+def choose_task(data: str | list[str]) -> Chosen:
+    """The benchmark of `evaluate.tasks.NAME.data`; of a list, the rows of all its sources.
+
+    Raises:
+        UserError: there is no such benchmark, or a list names one.
+    """
+    if isinstance(data, str):
+        return choose(data)
+    entries = [choose(each).entry for each in data]
+    if named := [entry.name for entry in entries if entry.name in BENCHMARKS]:
+        raise UserError(f"evaluate.tasks: a list holds files, and {named[0]} is a benchmark: give it a task of its own")
+    return Chosen(entries[0], data)
 
 
 def kept(rows: Rows, entry: Benchmark) -> Rows:
@@ -47,15 +63,22 @@ def spread(count: int, limit: int) -> list[int]:
     return [number * count // few for number in range(few)]
 
 
-class Numbered:
-    """Makes names different: the second "7" is "7#2". In the order of a benchmark's rows, it gives each an id."""
+def unique(names: Iterable[str]) -> list[str]:
+    """The names, each another one: the second "7" is "7#2"."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, other = 1, name
+        while other in found:
+            number += 1
+            other = f"{name}#{number}"
+        found[other] = None
+    return list(found)
 
-    def __init__(self) -> None:
-        self.seen = Counter[str]()
 
-    def __call__(self, name: str) -> str:
-        self.seen[name] += 1
-        return name if self.seen[name] == 1 else f"{name}#{self.seen[name]}"
+def identity(row: Row) -> str:
+    """A hash of what a row asks, whatever its id and its file are. Raises OSError if a picture cannot be read."""
+    content = [row.problem, row.answer, row.options, [picture_hash(item) for item in row.images]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def as_published(row: Row, entry: Benchmark) -> Row:

@@ -7,6 +7,7 @@ they need them. A row costs a rank 16 bytes of memory.
 Next: columns.py, the columns of a record.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -44,6 +45,11 @@ class Row:
         images = [item if isinstance(item, str) else f"<{len(item)} bytes>" for item in self.images]
         return self.extra | dict(problem=self.problem, answer=self.answer, images=images, caption=self.caption,
                                  id=self.id, task=self.task, options=self.options, gold_rule=self.gold_rule)
+
+
+def picture_hash(item: ImageItem) -> str:
+    """sha256 of an image file's bytes, in hex. Raises OSError if it cannot be read."""
+    return hashlib.sha256(item if isinstance(item, bytes) else Path(item).read_bytes()).hexdigest()
 
 
 class _File:

@@ -10,8 +10,8 @@ wrong. Prompts, engine and limits come from the recipe and its overrides, as in 
 defaults.max_response_tokens=4096.
 
 FOLDER gets items.jsonl, a line per row as soon as it is answered; results.json; and report.html, the table and the
-answers to read. Responses are kept in FOLDER/responses.journal: the same command goes on after a kill, and another one
-with this FOLDER asks only what is new.
+answers to read: those of the last command. Responses are kept in FOLDER/responses.journal: the same command goes on
+after a kill, and another one with this FOLDER asks only what is new.
 
 Exit status: 0; 2 something is wrong (the message says what); 143 or 130 stopped by SIGTERM or Ctrl-C.
 
@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from nanolmmr1 import config
-from nanolmmr1.benchmarks.choose import choose
+from nanolmmr1.benchmarks.choose import choose, identity
 from nanolmmr1.benchmarks.item import Item
 from nanolmmr1.benchmarks.table import BENCHMARKS
 from nanolmmr1.data.readers import reason, shown
-from nanolmmr1.data.store import Row
+from nanolmmr1.data.store import PREFIX, Row
 from nanolmmr1.errors import UserError
 from nanolmmr1.evaluate import prompts
 from nanolmmr1.evaluate.answers import Answers, TestSet, read_rows
@@ -43,11 +43,13 @@ from nanolmmr1.files import write_atomically
 from nanolmmr1.parallel import dist
 from nanolmmr1.prepare import sampling
 from nanolmmr1.prepare.journal import Journal
+from nanolmmr1.prepare.output import source_path
 from nanolmmr1.reward.judge import Judge
 from nanolmmr1.rollout.sampler import SamplingParams
 from nanolmmr1.schema import Recipe
 
 JOURNAL = "responses.journal"
+FILES = "items.jsonl", "results.json", "report.html"
 
 
 def main(args: list[str]) -> None:
@@ -64,11 +66,14 @@ def main(args: list[str]) -> None:
     askings = [prompts.choose(options.prompt, cfg) for cfg in cfgs]
     for cfg, asking in zip(cfgs, askings, strict=True):
         cfg.output, cfg.prompt = str(out), asking.prompt
-    with sampling.started(cfgs[0], out, lambda: make_folder(out)) as place, ExitStack() as held:
+    sources, journal = [source for each in chosen for source in each.sources], list[Journal]()
+    with sampling.started(cfgs[0], out, lambda: make_folder(out, sources)) as place, ExitStack() as held:
+        dist.on_main(lambda: journal.append(open_journal(out, held)))
         tests = [read_rows(each, cfgs[0], options.limit, place.display.note) for each in chosen]
-        leaked = contaminated(options.contaminated, tests, place.display.note)
+        leaked = dist.on_main(lambda: contaminated(options.contaminated, tests, place.display.note))
         sessions = [sampling.Session(cfg, place) for cfg in cfgs]
-        dist.on_main(lambda: open_journal(out, sessions, held))
+        for session in sessions if dist.is_main() else ():
+            session.open_cache(journal[0])
         answers = []
         for label, session, asking in zip(labels, sessions, askings, strict=True):
             reward = session.cfg.reward.model_copy(update={"functions": {}, "format": asking.format})
@@ -104,6 +109,10 @@ def read_options(args: list[str]) -> argparse.Namespace:
     given = sampling.overrides(args)
     options = parser.parse_args([arg for arg in args if arg not in given])
     options.overrides = given
+    fixed = {"model", "output", "name", "phases", *["prompt.system", "prompt.template"] * (options.prompt != "recipe")}
+    if taken := [arg for arg in given if arg.partition("=")[0] in fixed]:
+        raise UserError(f"{shown(taken[0])} is set by MODEL, --out and --prompt here; with --prompt recipe, the prompt "
+                        "is the recipe's and its overrides'")
     if not 0 < options.samples <= 1 << 16 or options.limit < 0:
         raise UserError(f"--samples={options.samples} --limit={options.limit}: 1 or more samples, and 0 or more rows")
     return options
@@ -116,28 +125,34 @@ def read_recipe(options: argparse.Namespace, model: str) -> Recipe:
 
 def shortest(models: Sequence[str]) -> list[str]:
     """A label per model: as much of the end of its path as tells it from the others."""
-    parts = [Path(re.sub(r"/model/?$", "", model)).parts or (model,) for model in models]
+    folders = [os.path.abspath(model) if os.path.isdir(model) else model for model in models]
+    parts = [Path(re.sub(r"/model/?$", "", folder)).parts or (folder,) for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-count:]) for each in parts]
+        labels = ["/".join(each[-count:]).strip("/") or "model" for each in parts]
         if len(set(labels)) == len(labels):
             return labels
     return list(models)
 
 
-def make_folder(out: Path) -> None:
+def make_folder(out: Path, sources: Sequence[str]) -> None:
+    """Make the folder of the results, and refuse one that holds anything of others."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={shown(out)} cannot be made: {reason(error)}") from error
-    if not os.access(out, os.W_OK) or (out / "recipe.yaml").exists():
-        raise UserError(f"--out={shown(out)} is read-only, or the folder of a run: choose another one")
+    read = {Path(os.path.realpath(source_path(source))) for source in sources}
+    if taken := [name for name in FILES if (out / name).is_dir() or Path(os.path.realpath(out / name)) in read]:
+        raise UserError(f"--out={shown(out)}: {taken[0]} is a folder there, or is read: choose another one")
+    if not os.access(out, os.W_OK) or (out / "recipe.yaml").exists() or (out / "config.json").exists():
+        raise UserError(f"--out={shown(out)} is read-only, or the folder of a run or model: choose another one")
 
 
-def open_journal(out: Path, sessions: Sequence[sampling.Session], held: ExitStack) -> None:
-    """Open the journal of an output for all models, until `held` ends; on rank 0."""
+def open_journal(out: Path, held: ExitStack) -> Journal:
+    """Lock an output until `held` ends, and remove the rows of a command that was killed while it read them."""
     journal = held.enter_context(Journal(out / JOURNAL, {"format": sampling.FORMAT}))
-    for session in sessions:
-        session.open_cache(journal)
+    for path in out.glob(f"{PREFIX}*"):
+        path.unlink()
+    return journal
 
 
 def sampling_params(session: sampling.Session, samples: int) -> SamplingParams:
@@ -147,33 +162,37 @@ def sampling_params(session: sampling.Session, samples: int) -> SamplingParams:
     return SamplingParams(samples, phase.max_response_tokens, *drawn, processor.stop_ids, processor.banned_ids)
 
 
-def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable[[str], None]) -> dict[str, set[str]]:
-    """Benchmark -> ids of the rows that a training set holds, of reports that `prepare --against` wrote.
+def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable[[str], None]) -> dict[str, list[str]]:
+    """Benchmark -> ids of its rows that a training set holds, of reports that `prepare --against` wrote; on rank 0.
 
     Raises:
         UserError: a file is no such report, or is of another file of the benchmark.
     """
-    leaked: dict[str, set[str]] = {}
-    for path in paths:
-        try:
-            report = json.loads(path.read_bytes())
-            hits = [(hit["benchmark"], hit["benchmark_id"]) for hit in report["hits"] if hit["dropped"]]
-            checked = set(report["benchmarks"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--contaminated {shown(path)} is no OUT.report.json of prepare: {reason(error)}") \
-                from error
-        for test in tests:
-            if names := checked & {test.entry.name, *test.sources, f"{test.entry.name}={test.sources[0]}"}:
-                ids = {name for which, name in hits if which in names}
-                if unknown := sorted(ids - test.all_ids):
-                    raise UserError(f"--contaminated {shown(path)}: {len(unknown)} of its {len(ids)} rows of "
-                                    f"{test.entry.name} are not in {', '.join(test.sources)}, as {shown(unknown[0])}: "
-                                    "make the report again with --against these files")
-                leaked.setdefault(test.entry.name, set()).update(ids)
+    leaked: dict[str, list[str]] = {}
+    reports = [_read_report(path) for path in paths]
     for test in tests if paths else ():
-        if test.entry.name not in leaked:
-            note(f"{test.entry.title}: no report of --contaminated was made against it")
+        entry, mine = test.entry, {identity(row) for row in test.every}
+        for path, (_, hits) in zip(paths, reports, strict=True):
+            named = {key for name, key in hits if name == entry.name}
+            if unknown := named - mine:
+                raise UserError(f"--contaminated {shown(path)}: {len(unknown)} of its {len(named)} rows of "
+                                f"{entry.name} are not in the rows here: make it again with --against the same files")
+        found = mine & {key for _, hits in reports for _, key in hits}
+        if found or any(entry.name in benchmarks for benchmarks, _ in reports):
+            leaked[entry.name] = [name for name, row in zip(test.ids, test.rows, strict=True) if identity(row) in found]
+        else:
+            note(f"{entry.title}: no report of --contaminated was made against it")
     return leaked
+
+
+def _read_report(path: Path) -> tuple[set[str], set[tuple[str, str]]]:
+    """The benchmarks of a report of prepare, and (benchmark, key) of their rows that it found."""
+    try:
+        report = json.loads(path.read_bytes())
+        return set(report["benchmarks"]), {(hit["benchmark"], hit["key"]) for hit in report["hits"] if hit["dropped"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else reason(error)
+        raise UserError(f"--contaminated {shown(path)} is no OUT.report.json of prepare --against: {lacks}") from error
 
 
 def ask_all(answers: Sequence[Answers], tests: Sequence[TestSet], out: Path, askings: Sequence[prompts.Asking]) -> None:
@@ -183,7 +202,8 @@ def ask_all(answers: Sequence[Answers], tests: Sequence[TestSet], out: Path, ask
     for each, asking in zip(answers, askings, strict=True):
         session = each.session
         settings = dist.on_main(session.settings) | dataclasses.asdict(each.params) | {"kind": asking.kind}
-        settings |= dict(option_value=session.cfg.reward.option_value, verify_s=session.cfg.reward.verify_s)
+        reward = each.judge.cfg
+        settings |= dict(option_value=reward.option_value, verify_s=reward.verify_s, format=reward.format)
         common = sampling.digest(settings)
         with closing(session):
             for number, test in enumerate(tests):
@@ -217,7 +237,6 @@ def finish(
 ) -> None:  # fmt: skip
     """Write all results, and print the table; on rank 0."""
     items = [item for each in answers for test in tests for item in each.items(test, each.session.known)]
-    write_atomically(out / "items.jsonl", b"".join(lines(items)))
     results = summarise(items, {test.entry.name: test.entry for test in tests}, options.official, options.samples)
     params = answers[0].params
     results["units"] = ("scores, shares and 95 % intervals (low, high) are fractions of 1, tokens are means per "
@@ -231,17 +250,23 @@ def finish(
         "samples": params.num_responses, "temperature": params.temperature, "top_p": params.top_p,
         "top_k": params.top_k, "max_response_tokens": params.max_tokens,
         "max_prompt_tokens": answers[0].session.phase.max_prompt_tokens,
-        "max_pixels": answers[0].session.cfg.prompt.max_pixels, "engine": answers[0].session.cfg.rollout.engine,
+        "max_pixels": answers[0].session.cfg.prompt.max_pixels, 
+        "engine": ", ".join(sorted({engine for each in answers for test in tests for engine in each.engines(test)})),
         "seed": answers[0].session.cfg.seed, "limit": options.limit,
     }  # fmt: skip
-    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     rows = {(test.entry.name, name): (test, place) for test in tests for place, name in enumerate(test.ids)}
 
     def row_of(item: Item) -> Row | None:
         test, place = rows[item.benchmark, item.id]
         return None if test.entry.private else test.rows[place]
 
-    write_page(out / "report.html", results, items, row_of)
+    try:
+        write_atomically(out / "items.jsonl", b"".join(lines(items)))
+        write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_page(out / "report.html", results, items, row_of)
+    except OSError as error:
+        raise UserError(f"{shown(out)}: results cannot be written ({reason(error)}); started again, the command asks "
+                        "nothing anew") from error
     show(results, options.subjects)
     print(f"items: {out / 'items.jsonl'}  results: {out / 'results.json'}  page: {out / 'report.html'}")
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import nanolmmr1.benchmarks
 import nanolmmr1.reward
-from nanolmmr1.benchmarks.choose import Chosen, Numbered, as_published, kept, spread
+from nanolmmr1.benchmarks.choose import Chosen, as_published, kept, spread, unique
 from nanolmmr1.benchmarks.item import Item, Response
 from nanolmmr1.benchmarks.table import Benchmark, subject
 from nanolmmr1.data.group import Group
 from nanolmmr1.data.images import image_size
 from nanolmmr1.data.schemas import recognize
-from nanolmmr1.data.store import Row, Rows
+from nanolmmr1.data.store import Row, Rows, picture_hash
 from nanolmmr1.errors import UserError
 from nanolmmr1.prepare import sampling
 from nanolmmr1.reward.judge import Judge
@@ -35,7 +35,7 @@ class TestSet(NamedTuple):
     sources: list[str]
     rows: Rows
     ids: list[str]  # of the rows, each another one
-    all_ids: set[str]  # also of those beyond a limit
+    every: Rows  # also those beyond a limit
     dropped: dict[str, int]  # rows of the source that are bad, by reason
 
 
@@ -46,20 +46,21 @@ def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Callable[[str], Non
         UserError: its source cannot be read, has other columns, or lacks pictures.
     """
     entry, sources = chosen
-    rows, read = setup.share_rows(sources, cfg.prompt.columns, cfg.data, Path(cfg.output), entry.schema)
+    every, read = setup.share_rows(sources, cfg.prompt.columns, cfg.data, Path(cfg.output), entry.schema)
     for text in read.notes:
         note(text)
+    for lacks in read.missing.values():
+        raise UserError(lacks)
     if lost := {why: count for why, count in read.dropped.items() if why.startswith("picture")}:
         raise UserError(f"{entry.name}: {lost}: a benchmark is not scored without its pictures; put them beside its "
                         "rows, or name their folder with data.image_dir")
-    if not len(rows := kept(rows, entry)):
+    if not len(every := kept(every, entry)):
         raise UserError(f"{entry.name}: none of the rows of {', '.join(sources)} is of this benchmark")
-    if entry.rows and len(rows) != entry.rows:
-        note(f"{entry.title}: {len(rows):,} rows, and {entry.rows:,} are published")
-    entry = _as_found(entry, rows, note)
-    numbered, places = Numbered(), spread(len(rows), limit)
-    ids = [numbered(row.id) for row in rows]
-    return TestSet(entry, sources, rows.subset(places), [ids[place] for place in places], set(ids), read.dropped)
+    if entry.rows and len(every) != entry.rows:
+        note(f"{entry.title}: {len(every):,} rows, and {entry.rows:,} are published")
+    entry, places = _as_found(entry, every, note), spread(len(every), limit)
+    ids = unique(row.id for row in every)
+    return TestSet(entry, sources, every.subset(places), [ids[place] for place in places], every, read.dropped)
 
 
 def _as_found(entry: Benchmark, rows: Rows, note: Callable[[str], None]) -> Benchmark:
@@ -98,7 +99,7 @@ class Answers:
     """
 
     def __init__(self, label: str, session: sampling.Session, judge: Judge, params: SamplingParams, official: bool,
-                 leaked: dict[str, set[str]]) -> None:
+                 leaked: dict[str, list[str]]) -> None:
         self.label, self.session, self.judge, self.params = label, session, judge, params
         self.official, self.leaked = official, leaked
         self.keys: dict[str, list[str]] = {}  # benchmark -> key of each row; on rank 0
@@ -120,12 +121,17 @@ class Answers:
     def find(self, test: TestSet, common: str) -> dict[str, int]:
         """Key -> place of a row with it, on rank 0. Known responses that other rules have judged are judged again."""
         keys, most, reduced = list[str](), self.session.cfg.prompt.max_pixels, 0
+        entry = test.entry
         with self.session.display.busy(f"reading {test.entry.title}", len(test.rows)) as advance:
             for place, row in enumerate(test.rows):
                 asked = self.as_asked(test, place)
-                pictures = [sampling.picture_hash(item) for item in row.images]
+                try:
+                    pictures = [picture_hash(item) for item in row.images]
+                except OSError as error:
+                    raise UserError(f"{test.entry.name}: a picture of row {row.id} is gone: {error}") from error
                 reduced += any(width * height > most for width, height in map(image_size, row.images))
-                keys.append(sampling.digest([common, asked.problem, row.answer, row.options, row.gold_rule, pictures]))
+                keys.append(sampling.digest([common, asked.problem, row.answer, row.options, row.gold_rule, pictures,
+                                             entry.name, entry.private, row.extra if entry.lenient else ""]))
                 advance()
         self.keys[test.entry.name], self.reduced[test.entry.name] = keys, reduced
         if reduced:
@@ -143,7 +149,8 @@ class Answers:
         stale = [key for key in places if isinstance(known.get(key), dict) and known[key]["by"] != judged_by()]
         if stale and not test.entry.private:
             said = [[(each["text"], each["tokens"], each["cut"]) for each in known[key]["responses"]] for key in stale]
-            found = dict(zip(stale, self.results(test, [places[key] for key in stale], said), strict=True))
+            results = self.results(test, [places[key] for key in stale], said)
+            found = {key: result | {"engine": known[key]["engine"]} for key, result in zip(stale, results, strict=True)}
             self.session.cache.append(found)
             known |= found
         elif stale:
@@ -173,8 +180,14 @@ class Answers:
             return Response(shown, answer, verdict.right, verdict.reason, verdict.undecided, lenient(text, row),
                             verdict.format, tokens, cut)._asdict()
 
-        return [{"by": judged_by(), "responses": [response(*each, row) for each in texts]}
+        engine = self.session.cfg.rollout.engine
+        return [{"by": judged_by(), "engine": engine, "responses": [response(*each, row) for each in texts]}
                 for row, texts in zip(rows, said, strict=True)]
+
+    def engines(self, test: TestSet) -> set[str]:
+        """The engines that the responses are of; on rank 0."""
+        known = [self.session.known[key] for key in self.keys[test.entry.name]]
+        return {result["engine"] for result in known if isinstance(result, dict)}
 
     def items(self, test: TestSet, found: dict[str, Any]) -> Iterator[Item]:
         """The rows whose keys are in `found`, in their order; on rank 0."""

@@ -50,7 +50,7 @@ from nanolmmr1.schema import Recipe
 
 NO_MODEL = "none"  # a recipe must name a model, and prompts may be measured without
 CHUNK = 256  # rows between two writes to the journal
-FORMAT = 1  # of the journal and of what is kept; raised when earlier work must not be used
+FORMAT = 2  # of the journal and of what is kept; raised when earlier work must not be used
 
 
 def main(args: list[str]) -> None:
@@ -114,10 +114,9 @@ def fetch(source: str) -> str:
 
 
 def fetch_benchmarks(texts: list[str]) -> dict[str, Chosen]:
-    """Benchmarks by name, or by what was given if that is a source alone; their sources are on this machine."""
-    found = {text: choose(text) for text in texts}
-    return {entry.name if entry.schema else text: Chosen(entry, [fetch(source) for source in sources])
-            for text, (entry, sources) in found.items()}
+    """Benchmarks by name; their sources are on this machine."""
+    return {entry.name: Chosen(entry, [fetch(source) for source in sources])
+            for entry, sources in map(choose, texts)}
 
 
 def digest(read: Loaded) -> str:
@@ -254,8 +253,9 @@ def show(report: dict[str, Any], out: Path) -> None:
         print(f"{why}; the first: " + " | ".join(texts))
     for name, rows in report["benchmarks"].items():
         hits = [hit for hit in report["hits"] if hit["benchmark"] == name]
-        print(f"{name}: {rows:,} rows; {len({h['benchmark_id'] for h in hits if h['dropped']}):,} of them are in "
-              f"{sum(h['dropped'] for h in hits):,} rows, which were dropped; {sum(not h['dropped'] for h in hits):,} "
+        print(f"{name}: {rows:,} rows; {len({h['key'] for h in hits if h['dropped']}):,} of them are in "
+              f"{len({h['id'] for h in hits if h['dropped']}):,} rows, which were dropped; "
+              f"{sum(not h['dropped'] for h in hits):,} "
               f"rows were kept that look like one (all in {report_path(out)})")
 
 

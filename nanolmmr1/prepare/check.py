@@ -116,7 +116,7 @@ class Checks:
         return "duplicate with another answer", f"{shown(gold, 40)}, and an earlier row has {shown(earlier, 40)}"
 
     def _leaks(self, row: Row, prints: list[Fingerprint], hits: list[dict[str, Any]]) -> tuple[str, str] | None:
-        if not self.benchmarks or not (hit := self.benchmarks.find(row, prints)):
+        if not self.benchmarks or not (found := self.benchmarks.find(row, prints)):
             return None
-        hits.append({**hit._asdict(), "id": row.id, "benchmark_id": hit.id, "dropped": hit.contaminated})
-        return ("in a benchmark", f"{hit.benchmark} {hit.id}") if hit.contaminated else None
+        hits += ({**hit._asdict(), "id": row.id, "benchmark_id": hit.id, "dropped": hit.contaminated} for hit in found)
+        return ("in a benchmark", f"{found[0].benchmark} {found[0].id}") if found[0].contaminated else None

@@ -35,7 +35,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
-from nanolmmr1.benchmarks.choose import Numbered
+from nanolmmr1.benchmarks.choose import identity
 from nanolmmr1.data.images import MARKERS, open_image
 from nanolmmr1.data.rows import Row
 from nanolmmr1.reward.choice import gold_letters, listed_options, option_values
@@ -85,6 +85,7 @@ class Hit(NamedTuple):
     overlap: float  # share of the benchmark row's sequences of words that the training row has
     same_answer: bool
     picture: bool  # whether a picture of both is the same one
+    key: str  # of the benchmark's row, whatever its id is; see choose.identity
 
     @property
     def contaminated(self) -> bool:
@@ -105,6 +106,7 @@ class _Known(NamedTuple):
 
     benchmark: str
     id: str
+    key: str  # see choose.identity
     answer: _Answer
     options: int  # a hash of their texts; 0 if there are none
     short: bool  # whether the whole text is one sequence
@@ -136,10 +138,9 @@ class Contamination:
             BadRow: a picture cannot be read.
         """
         sequences, owners, pictures, pictured = [self.sequences], [self.owners], list[Fingerprint](), list[int]()
-        numbered = Numbered()
         for row in track(rows, f"reading {benchmark}", transient=True, disable=length_hint(rows) <= 200):
             number, words = len(self.known), _words(row)
-            self.known.append(_Known(benchmark, numbered(row.id), _answer(row), _options(row), len(words) < WORDS,
+            self.known.append(_Known(benchmark, row.id, identity(row), _answer(row), _options(row), len(words) < WORDS,
                                      bool(row.images)))  # fmt: skip
             sequences.append(_sequences(words))
             owners.append(np.full(len(sequences[-1]), number, np.int32))
@@ -159,11 +160,11 @@ class Contamination:
         _, inverse, shared = np.unique(self.sequences, return_inverse=True, return_counts=True)
         self.counts = np.bincount(self.owners[shared[inverse] <= MAX_SHARED], minlength=len(self.known))
 
-    def find(self, row: Row, pictures: Sequence[Fingerprint]) -> Hit | None:
-        """The benchmark row that a training row most likely repeats; None if there is none.
+    def find(self, row: Row, pictures: Sequence[Fingerprint]) -> list[Hit]:
+        """The benchmark rows that a training row repeats, or else the one that it looks like most.
 
-        A contaminating one comes first, then the one of most overlap, then one with the same picture. A row of less
-        than MIN_OVERLAP is found by its picture only.
+        Contaminating ones come first, then those of most overlap, then those with the same picture. A row of less than
+        MIN_OVERLAP is found by its picture only.
 
         Args:
             pictures: of the row's images.
@@ -181,8 +182,9 @@ class Contamination:
             if known.short and not (alike and (not known.options or options in (0, known.options))):
                 overlap = 0.0
             if overlap >= MIN_OVERLAP or picture:
-                hits.append(Hit(known.benchmark, known.id, overlap, same_answer, picture))
-        return max(hits, key=lambda hit: (hit.contaminated, hit.overlap, hit.picture), default=None)
+                hits.append(Hit(known.benchmark, known.id, overlap, same_answer, picture, known.key))
+        hits.sort(key=lambda hit: (hit.contaminated, hit.overlap, hit.picture), reverse=True)
+        return [hit for hit in hits if hit.contaminated] or hits[:1]
 
     def _overlaps(self, sequences: npt.NDArray[np.uint64]) -> dict[int, float]:
         """Benchmark row -> share of its telling sequences that are among these."""

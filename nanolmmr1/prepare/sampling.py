@@ -27,9 +27,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from nanolmmr1 import config
-from nanolmmr1.benchmarks.table import BENCHMARKS
 from nanolmmr1.data.group import Group
-from nanolmmr1.data.images import ImageItem
 from nanolmmr1.data.prompt import Processor, Prompt
 from nanolmmr1.data.readers import BadRow, reason, shown
 from nanolmmr1.data.rows import measured
@@ -43,7 +41,7 @@ from nanolmmr1.prepare.output import check_output
 from nanolmmr1.report.display import Display
 from nanolmmr1.rollout.sampler import Sampler, SamplingParams
 from nanolmmr1.run import setup
-from nanolmmr1.schema import Recipe
+from nanolmmr1.schema import ALIASES, Recipe
 from nanolmmr1.terminal import printable, protect
 
 CHUNK = 64  # items asked between two writes to the cache
@@ -77,9 +75,10 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
 
 
 def overrides(args: list[str]) -> list[str]:
-    """The dotted.key=value of a command line, without benchmarks' NAME=SOURCE and without paths."""
-    return [arg for arg in args if re.match(r"[a-z][\w.]*=", arg) and arg.partition("=")[0] not in BENCHMARKS
-            and not os.path.exists(arg)]
+    """The dotted.key=value of a command line; benchmarks' NAME=SOURCE and paths are none."""
+    known = {*Recipe.model_fields, *ALIASES}
+    return [arg for arg in args if re.match(r"[a-z][\w.]*=", arg) and not os.path.exists(arg)
+            and (arg.partition("=")[0] in ALIASES or re.split("[.=]", arg)[0] in known)]
 
 
 def read_recipe(options: argparse.Namespace) -> Recipe:
@@ -117,11 +116,6 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 def digest(value: Any) -> str:
     """sha256 of a JSON-able value, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def picture_hash(item: ImageItem) -> str:
-    """sha256 of an image file's bytes, in hex. Raises OSError if it cannot be read."""
-    return hashlib.sha256(item if isinstance(item, bytes) else Path(item).read_bytes()).hexdigest()
 
 
 def print_table(title: str, lines: Iterable[tuple[str, str]]) -> None:
@@ -231,8 +225,9 @@ class Session:
         return setup.make_sampler(self.cfg, policy, self.folder, self.processor, self.display.note)
 
     def close(self) -> None:
-        if "sampler" in vars(self):
-            self.sampler.close()
+        """Close the sampler and drop its model: another session may need the memory."""
+        if sampler := vars(self).pop("sampler", None):
+            sampler.close()
 
     def open_cache(self, cache: Journal) -> None:
         """Take over an open cache and read it; on rank 0. A picture that could not be read may be back."""

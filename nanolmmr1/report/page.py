@@ -47,14 +47,14 @@ def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)
 def half_width(percent: float, count: int) -> float:
     """Half of the 95 % interval of a percentage of `count` rows, in points."""
     found = wilson(percent * count / 100, count)
     return 50 * (found.high - found.low)
 
 
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)
 TEMPLATES.filters |= {"number": number, "sha256": _sha256, "half_width": half_width}
 TEMPLATES.globals |= {"LEFT": LEFT, "RIGHT": RIGHT, "WIDTH": WIDTH, "NUM_COLOURS": NUM_COLOURS}
 

@@ -220,7 +220,7 @@ class Run:
             return
         summary = {
             "accuracy": self.progress.accuracy,
-            "rows": {name: len(rows) for name, (rows, _) in self.tasks.items()},
+            "rows": {task: len(self.tasks[task][0]) for task in self.tasks if setup.has_single_rows(self.cfg, task)},
             "wall_s": self.wall_s(),
             "peak_rss_mb": peak_rss_mb(),
             "steps": self.progress.step,

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from nanolmmr1 import config, files
+from nanolmmr1.benchmarks.choose import choose_task
 from nanolmmr1.errors import SharedError, UserError
 from nanolmmr1.model import weights
 from nanolmmr1.parallel import dist
@@ -117,7 +118,8 @@ def _sources(cfg: Recipe) -> Iterator[tuple[str, str]]:
     """Key and path of everything that a recipe reads; a hub id looks like a path that does not exist."""
     yield "model", cfg.model
     listed = [(f"phases.{name}.data", phase.data) for name, phase in cfg.phases.items()]
-    listed += [(f"evaluate.tasks.{name}.data", task["data"]) for name, task in cfg.evaluate.tasks.items()]
+    listed += [(f"evaluate.tasks.{name}.data", choose_task(task["data"]).sources)
+               for name, task in cfg.evaluate.tasks.items()]
     for key, data in listed:
         yield from ((key, str(one)) for one in ([data] if isinstance(data, str) else data))
     yield from (("reward.functions", str(spec).rpartition(":")[0]) for spec in cfg.reward.functions)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from nanolmmr1 import files, schema
-from nanolmmr1.benchmarks.choose import Chosen, choose, kept, spread
+from nanolmmr1.benchmarks.choose import choose_task, kept, spread
 from nanolmmr1.benchmarks.table import Benchmark
 from nanolmmr1.data.prompt import Processor
 from nanolmmr1.data.rows import NoColumn, load_rows, select_rows
@@ -132,9 +132,10 @@ def load_data(cfg: Recipe, processor: Processor, judge: Judge, display: Display)
     return data
 
 
-def choose_task(source: str | list[str]) -> Chosen:
-    """The benchmark that evaluate.tasks.NAME.data names; of a list, the rows of all sources."""
-    return choose(source) if isinstance(source, str) else Chosen(choose(source[0]).entry, source)
+def has_single_rows(cfg: Recipe, task: str) -> bool:
+    """Whether a task's accuracy is a mean over independent rows, so that their number tells its interval."""
+    entry = choose_task(cfg.evaluate.tasks[task]["data"]).entry
+    return not (entry.problem or entry.macro)
 
 
 class _Loader:
