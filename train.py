@@ -51,7 +51,9 @@ def print_help() -> None:
     print("Keys, with defaults (a recipe's `defaults:` section sets any phase key for all its phases):\n")
     for key, default, text in config.known_keys():
         print(f"  {key}={json.dumps(default)}\n      {text}")
-    print("\nRecipes:", ", ".join(sorted(p.stem for p in config.RECIPES.glob("*.yaml"))))
+    print("\nRecipes:\n")
+    for name, text in config.recipes():
+        print(f"  {name:<32}{text}")
 
 
 def exit_status(args: list[str]) -> int:

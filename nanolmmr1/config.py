@@ -1,13 +1,15 @@
 """Reading of recipes: a YAML file plus `dotted.key=value` overrides, checked before any work.
 
-The keys are in schema.py. A value comes from the command line, else from the file, else from the schema. Each phase
-starts from the section `defaults`. The resolved recipe, with every value spelt out, is written to
-`<output>/recipe.yaml` and loads back to itself.
+The keys are in schema.py. A value comes from the command line, else from the file, else from the recipe that the file
+names as its `base`, else from the schema. Mappings are merged key by key, phases by name; lists and other values are
+replaced. `order` then chooses the phases that run. Each phase starts from the section `defaults`. The resolved recipe,
+with every value spelt out and without a base, is written to `<output>/recipe.yaml` and loads back to itself.
 
 Next: schema.py, every key.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,25 +43,17 @@ def load(recipe: str = "desk", overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: unreadable file, unknown key (the nearest is named), wrong type or value, impossible combination.
     """
-    path = RECIPES / f"{recipe}.yaml" if not recipe.endswith((".yaml", ".yml")) else Path(recipe)
-    if not path.is_file():
-        names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise UserError(f"no recipe {recipe!r}: give one of {', '.join(names)}, or the path of a .yaml file")
-    with open(path, "rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes, too many for a recipe: is it a data file?")
-    tree = read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+    path = _find(recipe)
+    tree = _read(path)
     for override in overrides:
         _apply(tree, override)
-    phases, defaults = tree.get("phases") or {}, tree.get("defaults") or {}
-    if not isinstance(phases, dict):
-        raise UserError(f"phases must be a mapping, name -> phase; got {type(phases).__name__}")
+    if tree.pop("base", None):
+        raise UserError("base can be set in a recipe file only, which is merged with it before any override is applied")
+    _choose_phases(tree)
+    phases, defaults = tree["phases"], tree.get("defaults") or {}
     for name in phases:
-        check_name("phases", str(name))
-    phases = tree["phases"] = {str(name): _merged(defaults, phase or {}) for name, phase in phases.items()}
+        check_name("phases", name)
+    phases = tree["phases"] = {name: _merged(defaults, phase) for name, phase in phases.items()}
     try:
         cfg = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -69,6 +63,64 @@ def load(recipe: str = "desk", overrides: Iterable[str] = ()) -> Recipe:
     cfg.output = cfg.output or f"runs/{cfg.name}"
     resolve(cfg)
     return cfg
+
+
+def recipes() -> Iterator[tuple[str, str]]:
+    """(name, what it is) of every built-in recipe, for `--help`: the first line of its file, a comment."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        yield path.stem, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _find(recipe: str, child: Path | None = None) -> Path:
+    """The file of a recipe by name or path; of a base, a path from the folder of the file `child` that names it."""
+    folder = child.parent if child else Path()
+    path = folder / recipe if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not os.path.isfile(path):
+        names, where = ", ".join(name for name, _ in recipes()), f" (the base of {child})" if child else ""
+        raise UserError(f"no recipe {recipe!r:.200}{where}: give one of {names}, or the path of a .yaml file")
+    return path
+
+
+def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe file, merged into its base's. `children`: the files that led here, the first one first."""
+    if os.path.realpath(path) in map(os.path.realpath, children):
+        circle = " -> ".join(str(file) for file in (*children, path))
+        raise UserError(f"a recipe cannot be its own base: {circle}")
+    with open(path, "rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES:,} bytes, too many for a recipe: is it a data file?")
+    tree = read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+    base, order = tree.pop("base", None), tree.pop("order", None)
+    _choose_phases(tree)  # a phase without a value changes nothing in the base's
+    if base and not isinstance(base, str):
+        raise UserError(f"{path}: base={base!r:.200}: the name or path of one recipe is needed")
+    if base:
+        inherited = _read(_find(base, path), (*children, path))
+        for own in ("name", "output"):  # a base's would make two recipes claim one folder
+            inherited.pop(own, None)
+        tree = _merged(inherited, tree)
+    tree["order"] = order
+    _choose_phases(tree)
+    return tree
+
+
+def _choose_phases(tree: dict[str, Any]) -> None:
+    """Make `phases` a mapping with text as names, and take `order` out of the tree: the phases that stay, in order.
+
+    One list says what runs, so it drops, reorders and inserts. It counts at once, so that who builds on a recipe starts
+    from the phases that it runs, and adds one without repeating the list.
+    """
+    phases, order = tree.get("phases") or {}, tree.pop("order", None) or []
+    if not isinstance(phases, dict):
+        raise UserError(f"phases must be a mapping, name -> phase; got {type(phases).__name__}")
+    phases = {str(name): phase or {} for name, phase in phases.items()}
+    names = [str(name) for name in order] if isinstance(order, list) else [""]
+    if not set(names) <= set(phases) or len(set(names)) < len(names):
+        raise UserError(f"order={order!r:.200}: a list of phases is needed, each once; there are {', '.join(phases)}")
+    tree["phases"] = {name: phases[name] for name in names or phases}
 
 
 def resolve(cfg: Recipe) -> None:
@@ -158,7 +210,7 @@ def check_name(key: str, name: str, dots: bool = False) -> None:
 
 def dump(cfg: Recipe) -> str:
     """The resolved recipe as YAML, without credentials. `load` of it gives the same recipe."""
-    tree = cfg.model_dump(exclude={"defaults"})
+    tree = cfg.model_dump(exclude={"defaults", "base", "order"})
     tree["rollout"]["servers"] = [without_credentials(url) for url in tree["rollout"]["servers"]]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -244,11 +296,11 @@ def _apply(tree: Any, override: str) -> None:
     tree[leaf] = text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
-def _merged(defaults: Any, phase: Any) -> Any:
-    """A phase on top of the defaults, section by section."""
-    if not (isinstance(defaults, dict) and isinstance(phase, dict)):
-        return phase
-    return defaults | {key: _merged(defaults.get(key), value) for key, value in phase.items()}
+def _merged(below: Any, above: Any) -> Any:
+    """One tree on top of another, key by key; what is no mapping is replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def _explain(error: ErrorDetails, phases: list[str]) -> str:

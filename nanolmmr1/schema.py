@@ -270,6 +270,7 @@ class Caption(Section):
 
 
 class Recipe(Section):
+    base: Text = key("", "in a file: the recipe that it changes, a built-in name or a path from the file's folder")
     name: Text = key("", "run name; empty: the recipe's file name")
     model: Text = key("", "hub id or folder of a Qwen2.5-VL")
     output: Text = key("", "run folder; empty: runs/<name>")
@@ -293,6 +294,7 @@ class Recipe(Section):
     plan: Plan = Plan()
     defaults: Phase = Phase()
     phases: dict[str, Phase] = key({}, "name -> phase, in order")
+    order: list[Text] = key([], "the phases that run, in this order; empty: all, as written, a base's first")
 
 
 # Our key -> its names in TRL, EasyR1, verl and OpenRLHF. `phases.` stands for each phase.

@@ -91,6 +91,82 @@ def test_phases_keep_the_order_of_the_file(tmp_path):
     assert list(cfg.phases) == ["z", "a", "m"]
 
 
+def test_a_recipe_changes_its_base_key_by_key_and_its_phases_by_name(tmp_path):
+    (tmp_path / "deep").mkdir()
+    recipe_file(tmp_path / "deep", {
+        "name": "below", "output": "elsewhere", "model": "m", "optim": {"betas": [0.1, 0.2], "eps": 1e-3},
+        "defaults": {"data": "d", "steps": 5, "objective": {"kl_coef": 0.1, "algorithm": "rloo"}},
+        "phases": {"one": {"freeze": ["vision", "merger"]}, "two": {"steps": 6, "lr": 1}}})  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
+        "base": "deep/mine.yaml", "optim": {"betas": [0.3, 0.4]}, "defaults": {"objective": {"kl_coef": 0.2}},
+        "phases": {"three": {"steps": 9}, "two": {"lr": 2}, "one": {"freeze": ["language"]}}}, sort_keys=False))
+    (tmp_path / "top.yaml").write_text("base: mine.yaml\nseed: 7\nphases: {two: }\n")
+    cfg = load(str(tmp_path / "top.yaml"), ["phases.two.steps=8"])
+    assert (cfg.name, cfg.output, cfg.model, cfg.seed) == ("top", "runs/top", "m", 7), "a name is not inherited"
+    assert (cfg.optim.betas, cfg.optim.eps) == ([0.3, 0.4], 1e-3)
+    assert {name: (phase.steps, phase.lr, phase.freeze) for name, phase in cfg.phases.items()} == {
+        "one": (5, 1e-6, ["language"]), "two": (8, 2.0, []), "three": (9, 1e-6, [])}  # fmt: skip
+    assert list(cfg.phases) == ["one", "two", "three"], "a base's phases come first"
+    assert all((p.data, p.objective.kl_coef, p.objective.algorithm) == ("d", 0.2, "rloo") for p in cfg.phases.values())
+    written = recipe_file(tmp_path, config.dump(cfg))
+    assert not {"base", "order"} & set(yaml.safe_load(config.dump(cfg)))
+    assert load(written) == cfg.model_copy(update={"defaults": Phase()}), "a run's recipe needs no base"
+
+
+@pytest.mark.parametrize("order, overrides, left", [
+    ([], [], "abc"), (["c", "a"], [], "ca"), (["new", "b"], [], ["new", "b"]), (["b"], ["order=[b, b]"], None),
+    (["c", "a"], ["order=[a]"], "a"), (["c", "a"], ["order=[b]"], None), (["d"], [], None), (["a", "a"], [], None),
+    ("a", [], None), ({"a": 1}, [], None),
+])  # fmt: skip
+def test_an_order_drops_moves_and_inserts_phases_and_holds_no_others(tmp_path, order, overrides, left):
+    recipe_file(tmp_path, {"model": "m", "defaults": {"data": "d"}, "phases": {"a": {}, "b": {}, "c": {}}})
+    phases = {"new": {}} if left == ["new", "b"] else {}
+    path = tmp_path / "ordered.yaml"
+    path.write_text(yaml.safe_dump({"base": "mine.yaml", "order": order, "phases": phases}))
+    if left is None:
+        with pytest.raises(UserError, match="order=.*: a list of phases is needed, each once; there are "):
+            load(str(path), overrides)
+    else:
+        assert list(load(str(path), overrides).phases) == list(left)
+
+
+def test_who_builds_on_an_ordered_recipe_starts_from_the_phases_that_it_runs(tmp_path):
+    path = recipe_file(tmp_path, {"base": "desk_direct", "phases": {"more": {"data": "d"}}})
+    assert list(load(path).phases) == ["image", "more"]
+    assert list(load("desk_direct").phases) == ["image"] and load("desk_direct").phases["image"].steps == 140
+
+
+@pytest.mark.parametrize("base, words", [
+    ("dekc", "no recipe 'dekc' (the base of {mine}): give one of desk, "), ("gone.yaml", "no recipe 'gone.yaml' (the"),
+    ("mine.yaml", "its own base: {mine} -> {mine}"), ("other.yaml", "its own base: {mine} -> {other} -> {link}"),
+    (["desk"], "{mine}: base=['desk']: the name or path of one"), ("bad.yaml", "{bad} is not readable YAML"),
+    ("x" * 9999, "no recipe 'xxx"), ("a\0b", "no recipe"),
+])  # fmt: skip
+def test_a_base_that_cannot_be_one_is_refused(tmp_path, base, words):
+    path = recipe_file(tmp_path, {"base": base})
+    files = {name: str(tmp_path / f"{name}.yaml") for name in ("mine", "other", "link", "bad")}
+    (tmp_path / "link.yaml").symlink_to(path)
+    (tmp_path / "other.yaml").write_text("base: link.yaml\n")
+    (tmp_path / "bad.yaml").write_text("phases: {train: [}")
+    with pytest.raises(UserError, match=re.escape(words.format(**files))):
+        load(path)
+
+
+def test_a_base_on_the_command_line_is_refused():
+    with pytest.raises(UserError, match="base can be set in a recipe file only"):
+        single("base=desk")
+
+
+def test_every_recipe_says_in_one_line_what_it_is():
+    known = dict(config.recipes())
+    assert set(known) == {path.stem for path in config.RECIPES.glob("*.yaml")} and all(known.values())
+    for name, text in known.items():
+        assert (config.RECIPES / f"{name}.yaml").read_text().startswith(f"# {text}\n")
+        assert len(f"  {name:<32}{text}") <= 120
+    table = re.findall(r"^\| `(\w+)` \|", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert sorted(["single", *table]) == sorted(known)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_algorithm_fills_what_the_recipe_leaves_open(algorithm):
     objective = single(f"phases.train.objective.algorithm={algorithm}").phases["train"].objective

@@ -9,6 +9,7 @@ import pytest
 
 import train
 from nanolmmr1.caption import main as caption
+from nanolmmr1.config import load, recipes
 from nanolmmr1.data.rows import load_rows
 from nanolmmr1.prepare.__main__ import main as prepare
 
@@ -52,44 +53,53 @@ def test_levels_of_sokoban_are_refused_with_the_reason(least, tmp_path, capsys):
 
 TINY = ["rollout.engine=local", "defaults.steps=1", "defaults.prompts_per_step=2", "defaults.group_size=2",
         "defaults.max_response_tokens=3", "defaults.updates_per_rollout=1", "prompt.min_pixels=3136",
-        "prompt.max_pixels=20000", "pack.tokens_per_micro_batch=4096", "checkpoint.every_minutes=0"]  # fmt: skip
+        "prompt.max_pixels=20000", "pack.tokens_per_micro_batch=4096", "checkpoint.every_minutes=0",
+        "reward.workers=1"]  # fmt: skip
 
 
-def tiny(phases):
-    """Overrides that make a recipe short; what a phase sets itself has to be set there."""
-    of_phase = ("steps=1", "prompts_per_step=2", "updates_per_rollout=1")
-    return TINY + [f"phases.{name}.{value}" for name in phases for value in of_phase]
+@pytest.fixture(scope="module")
+def home(least, tmp_path_factory):
+    """A folder with the files that the recipes of the papers read, made as their first lines say."""
+    home = tmp_path_factory.mktemp("home")
+    sources = {name: published.publish(name, home / "hub" / name) for name in (
+        "deepscaler", "virl39k", "mathvision", "lmm_r1_text_jsonl", "lmm_r1_message_jsonl", "geometry3k_hiyouga")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        prepare(["deepscaler", sources["deepscaler"], "data/deepscaler.jsonl", "--against", sources["mathvision"]])
+        prepare(["virl39k", sources["virl39k"], "data/virl39k.jsonl", "--against", sources["mathvision"]])
+        caption([str(least), "data/virl39k.jsonl", "data/virl39k_captioned.jsonl", "--recipe", "infi_mmr_3b",
+                 "caption.max_tokens=8", "caption.first_temperature=1", *TINY])  # fmt: skip
+        prepare(["lmm_r1", sources["lmm_r1_text_jsonl"], "data/lmm_r1_text.jsonl"])
+        for name in ("vermulti_geo", "vermulti"):
+            prepare(["lmm_r1", sources["lmm_r1_message_jsonl"], f"data/{name}.jsonl"])
+        rows = load_rows("data/virl39k_captioned.jsonl").rows
+        assert len(rows) == 4 and all(row.caption and row.extra["PassRate_7BBase"] is None for row in rows)
+    return home
 
 
-def test_infi_mmr_runs_from_published_files_through_captions_and_all_phases(least, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # the recipe's files are in `data`
-    text = published.publish("deepscaler", tmp_path / "hub" / "deepscaler")
-    images = published.publish("virl39k", tmp_path / "hub" / "virl39k")
-    bench = published.publish("mathvision", tmp_path / "hub" / "mathvision")
-    prepare(["deepscaler", text, "data/deepscaler.jsonl", "--against", bench])
-    prepare(["virl39k", images, "data/virl39k.jsonl", "--against", bench])
-    caption([str(least), "data/virl39k.jsonl", "data/virl39k_captioned.jsonl", "--recipe", "infi_mmr_3b",
-             "caption.max_tokens=8", "caption.first_temperature=1", *tiny([])])  # fmt: skip
-    rows = load_rows("data/virl39k_captioned.jsonl").rows
-    assert len(rows) == 4 and all(row.caption and row.extra["PassRate_7BBase"] is None for row in rows)
-    phases = ("foundational_reasoning_activation", "cross_modal_reasoning_adaptation",
-              "multimodal_reasoning_enhancement")
-    assert train.exit_status(["infi_mmr_3b", f"model={least}", "output=run", *tiny(phases)]) == 0
+HUB = {"geometry3k_3b": ("phases.train.data", "evaluate.tasks.geometry3k.data")}  # keys of what is read from the hub
+PUBLISHED = [name for name, _ in recipes() if "_3b" in name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_runs_small_from_published_files_through_all_its_phases(name, home, least, tmp_path, monkeypatch,
+                                                                         capsys):
+    monkeypatch.chdir(home)
+    small, phases = [*TINY, f"model={least}", f"output={tmp_path / 'run'}"], load(name).phases
+    small += [f"{key}={home}/hub/geometry3k_hiyouga/train.parquet" for key in HUB.get(name, ())]
+    for key, phase in phases.items():  # what a phase sets itself has to be set there
+        sizes = dict(steps=2, prompts_per_step=2, group_size=2, updates_per_rollout=min(2, phase.updates_per_rollout),
+                     max_response_tokens=3)
+        small += [f"phases.{key}.{size}={value}" for size, value in sizes.items()]
+    assert train.exit_status([name, *small]) == 0
     said = capsys.readouterr().out
-    assert all(f"phases.{name}: 4 of 4 rows; dropped: none" in said for name in phases)
-    steps = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [step["prompt_length/mean"] for step in steps][1] > [step["prompt_length/mean"] for step in steps][2], \
-        "the second phase shows captions, the third hides them"
-
-
-def test_lmm_r1_runs_from_published_files_through_both_phases(least, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    prepare(["lmm_r1", published.publish("lmm_r1_text_jsonl", tmp_path / "hub/text"), "data/lmm_r1_text.jsonl"])
-    prepare(["lmm_r1", published.publish("lmm_r1_message_jsonl", tmp_path / "hub/geo"), "data/vermulti_geo.jsonl"])
-    phases = ("foundational_reasoning_enhancement", "multimodal_generalization_training")
-    assert train.exit_status(["lmm_r1_3b", f"model={least}", "output=run", *tiny(phases)]) == 0
-    said = capsys.readouterr().out
-    assert all(f"phases.{name}: 4 of 4 rows; dropped: none" in said for name in phases)
+    assert all(f"phases.{key}: 4 of 4 rows; dropped: none" in said for key in phases)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["phase"] for step in steps] == [key for key in phases for _ in range(2)]
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    lengths = {phases[step["phase"]].captions: step["prompt_length/mean"] for step in steps
+               if "virl39k" in str(phases[step["phase"]].data)}
+    assert len(lengths) < 2 or lengths[True] > lengths[False], "where captions are shown, prompts are longer"
 
 
 def test_a_recipe_without_its_files_says_what_writes_them(least, tmp_path, monkeypatch, capsys):

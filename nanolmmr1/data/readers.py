@@ -100,7 +100,7 @@ def raw_rows(source: str) -> Records:
     else:
         raise UserError(f"{shown(name)} does not exist: give a file ({', '.join(READERS)}), a folder, or a hub id as "
                         "owner/set, owner/set@split or owner/set:config@split; the files of a built-in recipe are "
-                        "written by the commands in its first lines")
+                        "written by the commands in its first lines, or in its base's")
 
 
 def _files(folder: Path, split: str) -> list[Path]:
