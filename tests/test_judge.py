@@ -121,6 +121,15 @@ def test_judges_see_no_secrets_but_those_that_the_recipe_names(tmp_path, monkeyp
         assert (result["f/all"], result["f/own"]) == (seen, seen)
 
 
+def test_a_part_named_accuracy_of_a_user_function_replaces_the_rules(tmp_path):
+    path = tmp_path / "f.py"
+    path.write_text("def f(response, row): return {'overall': 0.25, 'accuracy': float('7' in response)}")
+    with Judge(Reward(workers=1, functions={f"{path}:f": 1.0}, accuracy_weight=2.0, format_weight=0.0)) as judge:
+        right, wrong = judge.score([("<answer>17</answer>", {"answer": "8"}), ("<answer>8</answer>", {"answer": "8"})])
+    assert (right["accuracy"], right["overall"], right["reason/function"]) == (1.0, 2.25, 1.0)
+    assert (wrong["accuracy"], wrong["overall"], "reason/value" in wrong) == (0.0, 0.25, False)
+
+
 def test_a_variable_that_is_not_set_is_refused_at_the_start():
     with pytest.raises(UserError, match="reward.env: the environment has no variable NOT_SET_HERE"):
         Judge(Reward(env=["NOT_SET_HERE"]))

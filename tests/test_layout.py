@@ -81,7 +81,7 @@ FLOORS = [
     {"benchmarks", "parallel"},
     {"update"},
     {"rollout"},
-    {"report", "desk"},
+    {"report", "desk", "sokoban"},
     {"run"},
     {"prepare"},
     {"caption", "doctor", "evaluate", "passrate", "train"},
@@ -111,6 +111,7 @@ def test_no_circle_of_files():
         ("update", {"data", "errors", "kernels", "model", "parallel", "schema"}),
         ("rollout", {"config", "data", "errors", "kernels", "model", "parallel", "schema", "terminal", "update"}),
         ("benchmarks", {"data", "errors", "reward"}),
+        ("sokoban", {"data", "errors", "files", "terminal"}),
         ("report", {"benchmarks", "data", "errors", "files", "parallel", "rollout", "schema", "terminal", "update"}),
     ],
 )

@@ -1,6 +1,6 @@
 """Rows of the desk recipe: sums of three digits as text, and the same with two digits as an image of handwriting.
 
-Next: ../prepare/__main__.py, from published data to rows.
+Next: ../sokoban/__main__.py, another world.
 """
 
 import random

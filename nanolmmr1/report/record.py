@@ -16,7 +16,7 @@ Groups that teach nothing, as fractions of the sampled groups, and what the judg
 
 `reward/frac_zero_std`                       all rewards of the group are equal
 `reward/frac_all_right`, `_all_wrong`        all its responses have an accuracy of 1, or of 0
-`reward/reason/NAME`                         fraction of responses whose accuracy was judged by NAME (rules.REASONS)
+`reward/reason/NAME`                         fraction of responses whose accuracy NAME judged (rules.REASONS, function)
 
 Next: usage.py, stage times and memory.
 """

@@ -140,18 +140,21 @@ class Judge:
         Returns:
             Per pair: overall (the weighted sum), format, accuracy, the value of every user function by its name (and
             further numbers as name/part), timeout (1 if a built-in rule was killed, which scores 0), and 1 for the
-            reason of the accuracy, such as reason/parsed (see rules.REASONS).
+            reason of the accuracy, such as reason/parsed (see rules.REASONS). A part `accuracy` of a user function is
+            the accuracy instead of the rules', with reason/function: of some tasks many answers are right.
 
         Raises:
             RewardError: a user function raised, returned no finite number or missed the deadline.
         """
         judgements, rules = [], self._apply_rules(pairs)
         for (_, format, accuracy), values in zip(rules, self._call_functions(pairs), strict=True):
-            overall = self.cfg.format_weight * format.score + self.cfg.accuracy_weight * accuracy.score
+            own = next((values[part] for name in self.functions if (part := f"{name}/accuracy") in values), None)
+            right, why = (accuracy.score, accuracy.reason) if own is None else (own, "function")
+            overall = self.cfg.format_weight * format.score + self.cfg.accuracy_weight * right
             overall += sum(weight * values[name] for name, (_, weight) in self.functions.items())
-            scores = {"overall": overall, "format": format.score, "accuracy": accuracy.score, **values}
+            scores = {"overall": overall, "format": format.score, "accuracy": right, **values}
             late = int("deadline" in (format.reason, accuracy.reason))
-            judgements.append(scores | {"timeout": late, f"reason/{accuracy.reason}": 1.0})
+            judgements.append(scores | {"timeout": late, f"reason/{why}": 1.0})
         return judgements
 
     def verdicts(self, pairs: Sequence[tuple[str, Row]]) -> list[Judged]:
