@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -239,6 +240,27 @@ def test_a_hub_id_is_downloaded_as_the_files_that_it_consists_of(tmp_path, monke
     main(["gsm8k", "openai/gsm8k:main@train", str(tmp_path / "out.jsonl")])
     assert asked == [("openai/gsm8k", "dataset")]
     assert [row.answer for row in load_rows(str(tmp_path / "out.jsonl")).rows] == ["#### 2"]
+
+
+@pytest.mark.parametrize("source, file", [
+    ("a/b:gpqa_diamond@train", "gpqa_diamond.csv"), ("a/b:testmini@testmini", "testmini.jsonl"),
+    ("a/b:OE_MM@train", "OE_MM/OE_MM.jsonl"), ("a/b@testmini", "data/testmini-00000-of-00001.jsonl"),
+    ("a/b:main@test", "main/test-0.jsonl")])
+def test_a_configuration_is_found_as_a_folder_or_as_a_file(tmp_path, monkeypatch, source, file):
+    import huggingface_hub
+
+    for name in (file, "other_config.jsonl", "data/other-00000-of-00001.jsonl", "main/train-0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("question,answer\n1+1?,2\n" if name.endswith("csv") else
+                                     json.dumps({"question": "1+1?", "answer": name}) + "\n")  # fmt: skip
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, repo_type: str(tmp_path))
+    if file.endswith("csv"):
+        (tmp_path / "other_config.jsonl").unlink()
+        shutil.rmtree(tmp_path / "data")
+    (row,) = load_rows(command.fetch(source)).rows
+    assert row.answer == ("2" if file.endswith("csv") else file)
+    with pytest.raises(UserError, match="no files of this configuration and split"):
+        command.fetch("a/b:none@none")
 
 
 @pytest.mark.skipif(not published.SOURCES, reason="needs the shared data folder")

@@ -93,7 +93,7 @@ def raw_rows(source: str) -> Records:
     elif any(os.path.isfile(path / mark) for mark in ("state.json", "dataset_dict.json")):
         yield from _from_datasets(str(path), split, path)
     elif os.path.isdir(path):
-        for file in _files(path, split):
+        for file in data_files(path, split):
             yield from _from_file(file)
     elif re.fullmatch(HUB, name) and path.suffix not in READERS:
         yield from _from_datasets(name, split, None)
@@ -103,7 +103,7 @@ def raw_rows(source: str) -> Records:
                         "written by the commands in its first lines, or in its base's")
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def data_files(folder: Path, split: str) -> list[Path]:
     """The data files of one split of a folder. Shards (train-00000-of-00002) are one split."""
     inside = sorted([*folder.glob("*.*"), *folder.glob("data/*.*")])
     files = [path for path in inside if path.suffix in (".jsonl", ".parquet")]

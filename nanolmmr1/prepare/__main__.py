@@ -18,6 +18,7 @@ Next: check.py, whether a row can be trained on.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ from nanolmmr1 import config
 from nanolmmr1.benchmarks.choose import Chosen, choose, kept
 from nanolmmr1.data import schemas
 from nanolmmr1.data.prompt import Processor
-from nanolmmr1.data.readers import HUB, READERS, reason, shown
+from nanolmmr1.data.readers import HUB, READERS, data_files, reason, shown
 from nanolmmr1.data.rows import FIRST, Loaded, load_rows
 from nanolmmr1.data.store import Rows
 from nanolmmr1.errors import UserError
@@ -97,7 +98,7 @@ def fetch(source: str) -> str:
         UserError: it is neither here nor on the hub.
     """
     name, at, split = source.rpartition("@")
-    name, split = (name, f"@{split}") if at and not os.path.exists(source) else (source, "")
+    name, split = (name, split) if at and not os.path.exists(source) else (source, "")
     if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(HUB, name) or Path(name).suffix in READERS:
         return source
     hub_id, _, config_name = name.partition(":")
@@ -108,9 +109,14 @@ def fetch(source: str) -> str:
     except Exception as error:  # any type: an unreachable hub, no such set, a full disk
         raise UserError(f"{shown(hub_id)} is no file or folder here, and cannot be downloaded: {reason(error)}") \
             from error
-    if config_name and not split and not os.path.isdir(os.path.join(folder, config_name)):
-        return f"{folder}@{config_name}"  # a configuration that is one file
-    return os.path.join(folder, config_name).rstrip("/") + split
+    # A configuration is a folder, or a file that is named like a split; and a folder of one split need not name it.
+    inside = os.path.join(folder, config_name).rstrip("/")
+    for place, which in ((inside, split), (inside, ""), (folder, config_name), (folder, split)):
+        with contextlib.suppress(UserError):
+            if data_files(Path(place), which):
+                return f"{place}@{which}" if which else place
+    raise UserError(f"{shown(source)}: the data set, downloaded to {folder}, has no files of this configuration and "
+                    "split: name a file there")
 
 
 def fetch_benchmarks(texts: list[str]) -> dict[str, Chosen]:
