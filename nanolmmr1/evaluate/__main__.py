@@ -250,7 +250,7 @@ def finish(
         "samples": params.num_responses, "temperature": params.temperature, "top_p": params.top_p,
         "top_k": params.top_k, "max_response_tokens": params.max_tokens,
         "max_prompt_tokens": answers[0].session.phase.max_prompt_tokens,
-        "max_pixels": answers[0].session.cfg.prompt.max_pixels, 
+        "max_pixels": answers[0].session.cfg.prompt.max_pixels,
         "engine": ", ".join(sorted({engine for each in answers for test in tests for engine in each.engines(test)})),
         "seed": answers[0].session.cfg.seed, "limit": options.limit,
     }  # fmt: skip
