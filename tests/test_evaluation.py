@@ -73,7 +73,7 @@ def test_items_results_and_page_say_who_was_right(sums, small_model, tmp_path, a
     assert settings["temperature"] == 0 and settings["models"]["small0"]["prompt"] == "boxed"
 
 
-def test_every_benchmark_is_evaluated_in_its_published_layout(shared, small_model, tmp_path, monkeypatch, capsys):
+def test_every_benchmark_is_evaluated_in_its_published_layout(least, tmp_path, monkeypatch, capsys):
     results_of = answers.Answers.results
 
     def golden(self, test, places, said):
@@ -86,7 +86,7 @@ def test_every_benchmark_is_evaluated_in_its_published_layout(shared, small_mode
     sources = {name: publish_benchmark(name, tmp_path / name) for name in BENCHMARKS}
     out = tmp_path / "out"
     named = [f"{name}={source}" for name, source in sources.items()]
-    items, results = evaluate(out, small_model, *named, "defaults.max_prompt_tokens=4096", "--subjects")
+    items, results = evaluate(out, least, *named, "defaults.max_prompt_tokens=4096", "--subjects")
     assert not [item["fault"] for item in items if item["fault"]]
     for name, entry in BENCHMARKS.items():
         mine = [item for item in items if item["benchmark"] == name]
@@ -95,7 +95,7 @@ def test_every_benchmark_is_evaluated_in_its_published_layout(shared, small_mode
         assert sum(right[::2]) >= 0.8 * len(right[::2]), (name, right)
         assert any(item["subjects"][column] for item in mine for column in entry.subjects) or not entry.subjects
     assert {score["benchmark"] for score in results["scores"]} == set(BENCHMARKS)
-    _, results = evaluate(out, small_model, *named, "defaults.max_prompt_tokens=4096", "--official")
+    _, results = evaluate(out, least, *named, "defaults.max_prompt_tokens=4096", "--official")
     assert results["official"] and "official rules" in capsys.readouterr().out
     private = [row.problem.partition("\n")[0] for row in load_rows(sources["gpqa_diamond"]).rows]
     for name in (*FILES, command.JOURNAL):

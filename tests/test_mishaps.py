@@ -1,4 +1,4 @@
-"""A third of the 300 mishaps of tests/mishaps.py; `python tests/mishaps.py` runs all of them."""
+"""A quarter of the 300 mishaps of tests/mishaps.py; `python tests/mishaps.py` runs all of them."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 from mishaps import ALL, QUICK
 
 
-def test_a_third_of_the_mishaps_end_as_they_should(shared):
-    assert len(ALL) > 300 and len(QUICK) > 100 and len({(m.kind, m.name) for m in ALL}) == len(ALL)
+def test_a_quarter_of_the_mishaps_end_as_they_should(shared):
+    assert len(ALL) > 300 and len(QUICK) > 70 and len({(m.kind, m.name) for m in ALL}) == len(ALL)
     command = [sys.executable, Path(__file__).with_name("mishaps.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr)

@@ -181,7 +181,7 @@ def main(kind, folder):
             worker = Worker(Reward(timeout_s=60.0), [])
             os.killpg(os.getpgid(0), signal.SIGTERM)  # as torchrun does it: to the rank's process group
             assert run.stopping
-            assert worker.ask(Question("accuracy", "7", "7")) == {"value": [1.0, "value"]}
+            assert worker.ask(Question("accuracy", "7", "7")) == {"value": [1.0, "value", False]}
         return
     dist.start("cpu", 60)
     before = signal.getsignal(signal.SIGTERM)
