@@ -36,7 +36,8 @@ def sums(tmp_path):
 
 def evaluate(out, *arguments):
     """Run the command; its items and results."""
-    run_main(command, *arguments, "--out", out, *FEW)
+    model, *rest = arguments
+    run_main(command, model, "--out", out, *rest, *FEW)  # options may stand anywhere
     return rows_of(out / "items.jsonl"), json.loads((out / "results.json").read_text())
 
 

@@ -30,8 +30,8 @@ def content(row):
 @pytest.mark.parametrize("name", [name for name in published.SOURCES if "sokoban" not in name])
 def test_a_published_source_is_trained_on_and_prepared(name, small_model, tmp_path, capsys):
     source, out = published.publish(name, tmp_path / "source"), tmp_path / "rows.jsonl"
-    assert train.exit_status(["single", f"model={small_model}", f"output={tmp_path / 'run'}", f"phases.train.data={source}",
-                              *SHORT]) == 0  # fmt: skip
+    assert train.exit_status(["single", f"model={small_model}", f"output={tmp_path / 'run'}",
+                              f"phases.train.data={source}", *SHORT]) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert f"rows read as: {READ_AS.get(name, name)}\n" in said and "phases.train: 4 of 4 rows; dropped: none" in said
     prepare(["auto", source, str(out), f"model={small_model}"])

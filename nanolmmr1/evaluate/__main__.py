@@ -107,7 +107,7 @@ def read_options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--subjects", action="store_true", help="print tables by subject as well")
     parser.add_argument("--recipe", default="single", help="its engine, pixel limits and last phase count")
     given = sampling.overrides(args)
-    options = parser.parse_args([arg for arg in args if arg not in given])
+    options = parser.parse_intermixed_args([arg for arg in args if arg not in given])
     options.overrides = given
     fixed = {"model", "output", "name", "phases", *["prompt.system", "prompt.template"] * (options.prompt != "recipe")}
     if taken := [arg for arg in given if arg.partition("=")[0] in fixed]:
