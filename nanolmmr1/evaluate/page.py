@@ -42,7 +42,7 @@ SIDE = 400  # pixels of a picture's longest side
 WIDTH, MARGIN = 240, 16  # of a plot, in pixels
 TALL, LOW = 34, 24  # heights of plots of models and of published numbers: those of their rows in the table
 HERE = Path(__file__).parent
-# Its own page.html first; the style sheet is the run report's.
+# Its own page.html first; frame and style sheet are the run report's.
 TEMPLATES = run_page.TEMPLATES.overlay(loader=FileSystemLoader([HERE, Path(run_page.__file__).parent]))
 
 

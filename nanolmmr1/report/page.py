@@ -2,7 +2,8 @@
 
 `report.html` is a single file that needs no network: style, script, curves (SVG) and images are inside. It is built
 from the files in the run folder (`recipe.yaml`, `metrics.jsonl`, `summary.json`, `samples.jsonl`), so a run that was
-killed early has a report too. This file collects the data; page.html is its jinja2 template.
+killed early has a report too. This file collects the data; page.html is its jinja2 template, in the frame of
+frame.html, which the page of an evaluation has too.
 
 Problems and responses are untrusted text. The template escapes all of it, and the page's content security policy
 allows only its own script, by its hash.
