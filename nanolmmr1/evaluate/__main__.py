@@ -36,7 +36,7 @@ from nanolmmr1.data.readers import reason, shown
 from nanolmmr1.data.store import PREFIX, Row
 from nanolmmr1.errors import UserError
 from nanolmmr1.evaluate import prompts
-from nanolmmr1.evaluate.answers import Answers, TestSet, read_rows
+from nanolmmr1.evaluate.answers import Answers, TestSet, read_test
 from nanolmmr1.evaluate.page import write_page
 from nanolmmr1.evaluate.summary import show, summarise
 from nanolmmr1.files import write_atomically
@@ -69,7 +69,7 @@ def main(args: list[str]) -> None:
     sources, journal = [source for each in chosen for source in each.sources], list[Journal]()
     with sampling.started(cfgs[0], out, lambda: make_folder(out, sources)) as place, ExitStack() as held:
         dist.on_main(lambda: journal.append(open_journal(out, held)))
-        tests = [read_rows(each, cfgs[0], options.limit, place.display.note) for each in chosen]
+        tests = [read_test(each, cfgs[0], options.limit, place.display.note) for each in chosen]
         leaked = dist.on_main(lambda: contaminated(options.contaminated, tests, place.display.note))
         sessions = [sampling.Session(cfg, place) for cfg in cfgs]
         for session in sessions if dist.is_main() else ():
@@ -171,7 +171,8 @@ def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable
     leaked: dict[str, list[str]] = {}
     reports = [_read_report(path) for path in paths]
     for test in tests if paths else ():
-        entry, mine = test.entry, {identity(row) for row in test.every}
+        entry, keys = test.entry, [identity(row) for row in test.every]
+        mine = set(keys)
         for path, (_, hits) in zip(paths, reports, strict=True):
             named = {key for name, key in hits if name == entry.name}
             if unknown := named - mine:
@@ -179,7 +180,7 @@ def contaminated(paths: Sequence[Path], tests: Sequence[TestSet], note: Callable
                                 f"{entry.name} are not in the rows here: make it again with --against the same files")
         found = mine & {key for _, hits in reports for _, key in hits}
         if found or any(entry.name in benchmarks for benchmarks, _ in reports):
-            leaked[entry.name] = [name for name, row in zip(test.ids, test.rows, strict=True) if identity(row) in found]
+            leaked[entry.name] = [name for name, key in zip(test.every_id, keys, strict=True) if key in found]
         else:
             note(f"{entry.title}: no report of --contaminated was made against it")
     return leaked

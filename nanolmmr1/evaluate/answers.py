@@ -22,7 +22,6 @@ from nanolmmr1.errors import UserError
 from nanolmmr1.prepare import sampling
 from nanolmmr1.reward.judge import Judge
 from nanolmmr1.rollout.sampler import SamplingParams
-from nanolmmr1.run import setup
 from nanolmmr1.schema import Recipe
 
 Said = tuple[str, int, bool]  # a response: text, tokens, whether it was cut off
@@ -36,22 +35,19 @@ class TestSet(NamedTuple):
     rows: Rows
     ids: list[str]  # of the rows, each another one
     every: Rows  # also those beyond a limit
+    every_id: list[str]  # the ids of those
     dropped: dict[str, int]  # rows of the source that are bad, by reason
 
 
-def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Callable[[str], None]) -> TestSet:
+def read_test(chosen: Chosen, cfg: Recipe, limit: int, note: Callable[[str], None]) -> TestSet:
     """Read a benchmark's rows; on all ranks together.
 
     Raises:
         UserError: its source cannot be read, has other columns, or lacks pictures.
     """
     entry, sources = chosen
-    every, read = setup.share_rows(sources, cfg.prompt.columns, cfg.data, Path(cfg.output), entry.schema)
-    for text in read.notes:
-        note(text)
-    for lacks in read.missing.values():
-        raise UserError(lacks)
-    if lost := {why: count for why, count in read.dropped.items() if why.startswith("picture")}:
+    every, dropped = sampling.read_rows(sources, cfg, note, entry.schema)
+    if lost := {why: count for why, count in dropped.items() if why.startswith("picture")}:
         raise UserError(f"{entry.name}: {lost}: a benchmark is not scored without its pictures; put them beside its "
                         "rows, or name their folder with data.image_dir")
     if not len(every := kept(every, entry)):
@@ -60,7 +56,7 @@ def read_rows(chosen: Chosen, cfg: Recipe, limit: int, note: Callable[[str], Non
         note(f"{entry.title}: {len(every):,} rows, and {entry.rows:,} are published")
     entry, places = _as_found(entry, every, note), spread(len(every), limit)
     ids = unique(row.id for row in every)
-    return TestSet(entry, sources, every.subset(places), [ids[place] for place in places], every, read.dropped)
+    return TestSet(entry, sources, every.subset(places), [ids[place] for place in places], every, ids, dropped)
 
 
 def _as_found(entry: Benchmark, rows: Rows, note: Callable[[str], None]) -> Benchmark:
@@ -192,9 +188,9 @@ class Answers:
     def items(self, test: TestSet, found: dict[str, Any]) -> Iterator[Item]:
         """The rows whose keys are in `found`, in their order; on rank 0."""
         entry, leaked = test.entry, self.leaked.get(test.entry.name)
-        for key, row, name in zip(self.keys[entry.name], test.rows, test.ids, strict=True):
+        for place, (key, name) in enumerate(zip(self.keys[entry.name], test.ids, strict=True)):
             if (result := found.get(key)) is not None:
-                is_fault = isinstance(result, str)
+                row, is_fault = test.rows[place], isinstance(result, str)  # read from disk, with its pictures
                 yield Item(
                     self.label, entry.name, name, subject(row, entry.problem) or name,
                     {column: subject(row, column) for column in entry.subjects}, "" if entry.private else row.answer,

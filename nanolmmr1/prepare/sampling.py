@@ -178,6 +178,25 @@ def opened(cfg: Recipe, source: str, out: Path, what: str) -> Iterator["Session"
         yield session
 
 
+def read_rows(
+    source: str | list[str], cfg: Recipe, note: Callable[[str], None], layout: str = ""
+) -> tuple[Rows, dict[str, int]]:  # fmt: skip
+    """The rows of a source, and the dropped ones by reason; notes how they were read.
+
+    Args:
+        layout: as in setup.share_rows.
+
+    Raises:
+        UserError: see there; or prompt.columns names a column that the source lacks.
+    """
+    rows, read = setup.share_rows(source, cfg.prompt.columns, cfg.data, Path(cfg.output), layout)
+    for lacks in read.missing.values():
+        raise UserError(lacks)
+    for text in read.notes:
+        note(text)
+    return rows, read.dropped
+
+
 def _check(out: Path, cache: Path, source: str) -> None:
     check_output(out, source)
     if out.exists() and not cache.exists():
@@ -211,13 +230,8 @@ class Session:
         self.kept: Callable[[dict[str, Any]], None] = lambda found: None
 
     def read(self, source: str) -> None:
-        """Read the rows of a source, and tell how."""
-        self.rows, read = setup.share_rows(source, self.cfg.prompt.columns, self.cfg.data, Path(self.cfg.output))
-        self.dropped = read.dropped
-        for lacks in read.missing.values():
-            raise UserError(lacks)
-        for note in read.notes:
-            self.display.note(note)
+        """Read the rows of a source."""
+        self.rows, self.dropped = read_rows(source, self.cfg, self.display.note)
 
     @functools.cached_property
     def sampler(self) -> Sampler:
