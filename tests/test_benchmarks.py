@@ -9,6 +9,7 @@ import fixtures_benchmarks as fixtures
 import published as sources
 import pytest
 
+from nanolmmr1.benchmarks import choose
 from nanolmmr1.benchmarks.item import Item, Response
 from nanolmmr1.benchmarks.published import published, scores
 from nanolmmr1.benchmarks.table import BENCHMARKS, MATHVERSE_VERSIONS, find, subject
@@ -35,7 +36,7 @@ def rows(tmp_path_factory):
         if name not in loaded:
             source = fixtures.publish_benchmark(name, tmp_path_factory.mktemp(name) / name)
             found = load_rows(source, schema=BENCHMARKS[name].schema)
-            loaded[name] = found, [row for row in found.rows if BENCHMARKS[name].keep(row)]
+            loaded[name] = found, list(choose.kept(found.rows, BENCHMARKS[name]))
         return loaded[name]
 
     return of
@@ -131,7 +132,7 @@ def test_a_subject_is_one_short_line_whatever_the_data_holds():
 @needs_shared
 def test_the_real_rows_of_mathvision_are_a_subset_that_is_asked_as_published(shared):
     loaded, entry = load_rows(str(shared / "data" / "mathvision" / "testmini.jsonl"), decode=False), find("mathvision")
-    kept = [row for row in loaded.rows if entry.keep(row)]
+    kept = list(choose.kept(loaded.rows, entry))
     assert len(kept) == 300 < entry.rows and not loaded.dropped
     prompts = [entry.official(row) for row in kept]
     assert [text.count("<image>") for text in prompts] == [1] * 300

@@ -54,7 +54,8 @@ def choose_task(data: str | list[str]) -> Chosen:
 
 def kept(rows: Rows, entry: Benchmark) -> Rows:
     """The benchmark's rows of a source."""
-    return rows.subset(place for place, row in enumerate(rows) if entry.keep(row))
+    keep = entry.keep
+    return rows.subset(place for place, row in enumerate(rows) if keep(row)) if keep else rows
 
 
 def spread(count: int, limit: int) -> list[int]:

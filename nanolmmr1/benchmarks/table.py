@@ -32,7 +32,7 @@ class Benchmark(NamedTuple):
     official: Callable[[Row], str]  # its own prompt, see official.py
     subjects: tuple[str, ...] = ()  # columns by which tables are broken down, see `subject`
     problem: str = ""  # the column that rows of one problem share; "": each row is a problem
-    keep: Callable[[Row], bool] = lambda row: True  # which rows of the source are the benchmark's
+    keep: Callable[[Row], bool] | None = None  # which rows of the source are the benchmark's; None: all
     macro: str = ""  # the column over whose values the headline is the mean of means; "": the mean over rows
     lenient: Callable[[str, Row], bool | None] | None = None  # its own scorer, see lenient.py
     private: bool = False  # rows are never written anywhere
